@@ -1,0 +1,225 @@
+"""Rewrite the plates of a guide, during one call of it, to those of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jax.core import Tracer
+from numpyro.primitives import _PYRO_STACK, CondIndepStackFrame, Messenger
+
+from .alignment import keeps_rows_in_order
+from .plates import ModelPlate, check_subsample_size, read_plates
+
+
+class GuideCall(Messenger):
+    """What is known and decided about plates while a guide runs once.
+
+    Parameters
+    ----------
+    model : callable
+        The model whose plates the guide is to follow.
+    args, kwargs : tuple, dict
+        What model and guide are called with.
+    """
+
+    def __init__(self, model: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self._run = (model, args, kwargs)
+        self._plates: dict[str, ModelPlate] = {}
+        self._expected: set[str] = set()
+        self._by_user = False
+        # Per plate, for the whole call: its rows, and whether they are drawn by the
+        # plate, all in order (as preset), or pinned by somebody.
+        self._rows: dict[str, jax.Array] = {}
+        self._preset: dict[str, Any] = {}
+        self._drawn: set[str] = set()
+        self._shuffled: set[str] = set()
+        self._serving: list[Any] = []
+
+    @staticmethod
+    def current() -> GuideCall | None:
+        """Return the call of a guide that is under way, if there is one."""
+        for handler in reversed(_PYRO_STACK):
+            if isinstance(handler, GuideCall):
+                return handler
+        return None
+
+    @contextmanager
+    def serving(self, guide: Any) -> Generator[bool]:
+        """Enter a guide; gives whether it was entered before, by its subclass."""
+        again = any(guide is other for other in self._serving)
+        self._serving.append(guide)
+        try:
+            yield again
+        finally:
+            self._serving.pop()
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Name plates that the guide is going to need: one reading then serves all."""
+        self._expected.update(names)
+
+    def read_all(self) -> None:
+        """Read every plate of the model now."""
+        with self.outside():
+            self._plates |= read_plates(*self._run)
+
+    @contextmanager
+    def made_by_user(self) -> Generator[None]:
+        """Check plates that are made in here against the model, and rewrite none."""
+        before, self._by_user = self._by_user, True
+        try:
+            yield
+        finally:
+            self._by_user = before
+
+    def model_plate(self, name: str) -> ModelPlate:
+        """Return the model's plate of this name."""
+        if name not in self._plates:
+            with self.outside():
+                self._plates |= read_plates(*self._run, until=self._expected | {name})
+        if name not in self._plates:
+            raise ValueError(
+                f"The guide has a plate '{name}' that the model no longer has; the "
+                f"model's plates are {sorted(self._plates)}. Build a new guide for "
+                "the changed model, or name the model that it follows: "
+                "dynamic_subsample(guide, model=model)."
+            )
+        return self._plates[name]
+
+    @contextmanager
+    def outside(self) -> Generator[None]:
+        """Step out of the guide: hide the handlers that were entered inside it."""
+        here = _PYRO_STACK.index(self)
+        inside = _PYRO_STACK[here:]
+        del _PYRO_STACK[here:]
+        try:
+            yield
+        finally:
+            _PYRO_STACK.extend(inside)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate":
+            self._follow_model(msg)
+        elif msg["type"] == "sample":
+            for frame in msg["cond_indep_stack"]:
+                self._check_dim(frame)
+
+    def _follow_model(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        size, subsample_size = msg["args"]
+        frozen = size if subsample_size is None else subsample_size
+        plate = self.model_plate(name)
+        if plate.size != size:
+            raise ValueError(
+                f"Plate '{name}' has size {plate.size} in the model, but the guide's "
+                f"parameters were made for {size} rows. Keep the plate's size that of "
+                "the whole data set, or build a new guide and call svi.init again."
+            )
+        if self._by_user and frozen != plate.subsample_size:
+            raise ValueError(
+                f"create_plates gives plate '{name}' (size {size}) {frozen} rows, but "
+                f"the model asks for {plate.subsample_size}. Leave create_plates out: "
+                "dynamic_subsample makes it unnecessary."
+            )
+        pinned_by_guide = frozen < size and msg["value"] is not None
+        if name in self._rows:
+            msg["value"] = self._rows[name]
+        elif plate.rows is not None:
+            msg["value"] = plate.rows
+        elif frozen == plate.subsample_size:
+            self._preset[name] = None if pinned_by_guide else msg["value"]
+        elif pinned_by_guide:
+            raise ValueError(
+                f"The guide pins {frozen} rows of plate '{name}' (size {size}), but "
+                f"the model asks for {plate.subsample_size}. Pin the rows once, "
+                "around guide and model alike."
+            )
+        elif plate.subsample_size == size:
+            msg["value"] = self._preset[name] = jnp.arange(size)
+        else:
+            msg["value"] = None
+        msg["args"] = (size, plate.subsample_size)
+        if msg["value"] is None:
+            msg["fn"] = self._drawing(name, msg["fn"])
+
+    def _drawing(self, name: str, draw: Callable) -> Callable:
+        def drawn(size: int, subsample_size: int, rng_key: Any = None) -> jax.Array:
+            self._drawn.add(name)
+            # A seed handler entered inside the guide saw a full plate that needs no
+            # key; any other has given one by now.
+            key = numpyro.prng_key() if rng_key is None else rng_key
+            return draw(size, subsample_size, rng_key=key)
+
+        return drawn
+
+    def _check_dim(self, frame: CondIndepStackFrame) -> None:
+        plate = self.model_plate(frame.name)
+        if plate.dim != frame.dim:
+            raise ValueError(
+                f"Plate '{frame.name}' (size {plate.size}) is at dim {plate.dim} in "
+                f"the model and at dim {frame.dim} in the guide. Give the plate one "
+                "explicit dim in the model, or build a new guide for the changed model."
+            )
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate":
+            self._take_rows(msg)
+        elif msg["type"] == "param" and self._shuffled:
+            self._gather_shuffled(msg)
+
+    def _take_rows(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        size = msg["args"][0]
+        rows = msg["value"]
+        if name not in self._rows:
+            if name not in self._drawn and rows is not self._preset.get(name):
+                check_rows(name, size, rows)
+                if rows.shape[0] == size:
+                    with self.outside():
+                        in_order = keeps_rows_in_order(*self._run, name, rows)
+                    if not in_order:
+                        self._shuffled.add(name)
+            self._rows[name] = rows
+        # Where a handler around the call pins another number of rows than the model
+        # asks for, it is the model's own plate that NumPyro warns of.
+        msg["args"] = (size, rows.shape[0])
+
+    def _gather_shuffled(self, msg: dict[str, Any]) -> None:
+        """Take the rows that `numpyro.plate` leaves in place when all are pinned."""
+        event_dim = msg["kwargs"].get("event_dim")
+        if event_dim is None:
+            return
+        for frame in msg["cond_indep_stack"]:
+            axis = frame.dim - event_dim
+            shape = jnp.shape(msg["value"])
+            if frame.name not in self._shuffled or len(shape) < -axis:
+                continue
+            if shape[axis] != 1:
+                rows = self._rows[frame.name]
+                msg["value"] = jnp.take(msg["value"], rows, axis)
+
+
+def check_rows(name: str, size: int, rows: Any) -> None:
+    """Refuse pinned rows that are no indices into a plate of `size` rows."""
+    if jnp.ndim(rows) != 1 or not jnp.issubdtype(jnp.result_type(rows), jnp.integer):
+        raise ValueError(
+            f"The rows pinned for plate '{name}' (size {size}) must be a vector of "
+            f"integers, but have shape {jnp.shape(rows)} and type "
+            f"{jnp.result_type(rows)}."
+        )
+    check_subsample_size(name, size, jnp.shape(rows)[0])
+    if isinstance(rows, Tracer):
+        return
+    low, high = int(np.min(rows)), int(np.max(rows))
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"The rows pinned for plate '{name}' (size {size}) run from {low} to "
+            f"{high}, outside 0 to {size - 1}. JAX would clamp them to other rows; "
+            "pin indices into the whole plate."
+        )

@@ -1,0 +1,176 @@
+"""Losses, gradients and states equal those of a hand-written `create_plates`."""
+
+from contextlib import nullcontext
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from numpyro.infer.autoguide import AutoDelta, AutoNormal
+
+from models import CASES, N, X
+from numpyro_dynamic_subsample import dynamic_subsample
+
+
+def assert_equal(ours, theirs):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(*bits(a, b)), ours, theirs)
+
+
+def bits(*arrays):
+    is_key = jax.dtypes.issubdtype(arrays[0].dtype, jax.dtypes.prng_key)
+    return [jax.random.key_data(a) for a in arrays] if is_key else arrays
+
+
+class Pair:
+    """The same inference with hand-written plates and with this library."""
+
+    def __init__(self, case, guide_class=AutoNormal, *, form="wrapper", loss=None):
+        loss = Trace_ELBO() if loss is None else loss
+        guide = guide_class(case.model)
+        if form == "wrapper":
+            guide = dynamic_subsample(guide)
+        self.context = dynamic_subsample if form == "context" else nullcontext
+        optim = optax.sgd(1e-2)
+        self.ours = SVI(case.model, guide, optim, loss)
+        by_hand = guide_class(case.model, create_plates=case.plates)
+        self.theirs = SVI(case.model, by_hand, optim, loss)
+        self.steps = {
+            svi: jax.jit(svi.update, static_argnums=1)
+            for svi in (self.ours, self.theirs)
+        }
+
+    def init(self, size):
+        key = jax.random.key(1)
+        with self.context():
+            ours = self.ours.init(key, size)
+        return ours, self.theirs.init(key, size)
+
+    def update(self, states, size, *, jit=True):
+        steps = self.steps if jit else {svi: svi.update for svi in self.steps}
+        with self.context():
+            ours = steps[self.ours](states[0], size)
+        theirs = steps[self.theirs](states[1], size)
+        assert_equal(ours, theirs)
+        return ours[0], theirs[0]
+
+
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoDelta])
+@pytest.mark.parametrize("case", CASES)
+def test_sequence_of_sizes(case, guide_class):
+    """Full first, smaller, full again, on models of every kind."""
+    pair = Pair(CASES[case], guide_class)
+    states = pair.init(N)
+    for size in (3, N):
+        states = pair.update(states, size)
+
+
+@pytest.fixture(scope="module", params=[N, 3])
+def pair_and_states(request):
+    pair = Pair(CASES["one latent"])
+    return pair, pair.init(request.param)
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(sizes=st.lists(st.sampled_from([1, 3, 5, N]), min_size=2, max_size=6))
+def test_drawn_sequences(pair_and_states, sizes):
+    """After any first size, any sequence of sizes."""
+    pair, states = pair_and_states
+    for size in sizes:
+        states = pair.update(states, size)
+
+
+@pytest.mark.parametrize("form", ["wrapper", "context"])
+@pytest.mark.parametrize("first", [N, 3])
+def test_without_jit(form, first):
+    pair = Pair(CASES["one latent"], form=form)
+    states = pair.init(first)
+    for size in (5, N, 1):
+        states = pair.update(states, size, jit=False)
+
+
+OBJECTIVES = [
+    Trace_ELBO(num_particles=2),
+    Trace_ELBO(num_particles=2, vectorize_particles=False),
+    TraceMeanField_ELBO(),
+    TraceGraph_ELBO(),
+]
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES, ids=["vmap", "map", "mean field", "graph"])
+def test_objectives(loss):
+    pair = Pair(CASES["one latent"], loss=loss)
+    states = pair.init(3)
+    pair.update(states, 5)
+
+
+def test_every_way_to_step():
+    """`run`, `stable_update`, `evaluate` and a scan over steps follow as well."""
+    pair = Pair(CASES["one latent"], form="context")
+    states = dict(zip((pair.ours, pair.theirs), pair.init(3), strict=True))
+
+    def every_way(svi):
+        state = states[svi]
+        runs = [
+            svi.run(jax.random.key(2), 2, 5, init_state=state, progress_bar=bar)
+            for bar in (True, False)
+        ]
+        scanned = jax.lax.scan(lambda s, _: svi.update(s, 5), state, length=2)
+        return runs, scanned, svi.stable_update(state, 5), svi.evaluate(state, 5)
+
+    with pair.context():
+        ours = every_way(pair.ours)
+    assert_equal(ours, every_way(pair.theirs))
+
+
+def test_arguments_reach_the_model_as_given():
+    """Positional, keyword and static arguments decide about the plates."""
+
+    def model(data, *, total, size=None):
+        with numpyro.plate("n", total, subsample_size=size) as idx:
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=data[idx])
+
+    def plates(data, *, total, size=None):
+        return numpyro.plate("n", total, subsample_size=size)
+
+    def losses(guide):
+        svi = SVI(model, guide, optax.sgd(1e-2), Trace_ELBO(), total=N)
+        state = svi.init(jax.random.key(0), X)
+        return [svi.update(state, X, size=size)[1] for size in (3, None)]
+
+    ours = losses(dynamic_subsample(AutoNormal(model)))
+    assert_equal(ours, losses(AutoNormal(model, create_plates=plates)))
+
+
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoDelta])
+def test_compiled_step_is_the_same(guide_class):
+    """Reading the plates and rewriting them leave nothing in the compiled program."""
+    pair = Pair(CASES["one latent"], guide_class)
+    states = pair.init(N)
+
+    def cost(svi, state):
+        analysis = pair.steps[svi].lower(state, 3).compile().cost_analysis()
+        return {key: analysis[key] for key in ("flops", "bytes accessed")}
+
+    assert cost(pair.ours, states[0]) == cost(pair.theirs, states[1])
+
+
+@pytest.mark.parametrize("setting", ["jax_check_tracer_leaks", "jax_enable_x64"])
+def test_jax_settings(setting):
+    """The core holds in 64 bit and leaks no tracer."""
+    jax.config.update(setting, True)
+    try:
+        pair = Pair(CASES["one latent"], form="context")
+        states = pair.init(N)
+        pair.update(states, 3)
+    finally:
+        jax.config.update(setting, False)
