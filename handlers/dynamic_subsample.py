@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger
 
-from .guide_call import GuideCall
+from .guide_call import GuideCall, rows_of_replayed_guide
 from .guides import call_autoguide, model_of
 
 
@@ -96,6 +96,18 @@ class dynamic_subsample(Messenger):
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         _AutoguideCalls.exit()
         super().__exit__(exc_type, exc_value, traceback)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """Give a model's plate the rows that the guide took, if it runs against one.
+
+        ``replay`` does so too, but for the trace of ``TraceEnum_ELBO``, which has no
+        plates.
+        """
+        if msg["type"] != "plate" or GuideCall.current() is not None:
+            return
+        rows = rows_of_replayed_guide()
+        if msg["name"] in rows:
+            msg["value"] = rows[msg["name"]]
 
     # From here on: to look like the guide. NumPyro tests a guide's class with
     # isinstance and by name, and copies guides.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jax.core import Tracer
+from numpyro.handlers import replay
 from numpyro.primitives import _PYRO_STACK, CondIndepStackFrame, Messenger
 
 from .alignment import keeps_rows_in_order
@@ -109,6 +110,7 @@ class GuideCall(Messenger):
         elif msg["type"] == "sample":
             for frame in msg["cond_indep_stack"]:
                 self._check_dim(frame)
+            msg["plate_rows"] = self._rows
 
     def _follow_model(self, msg: dict[str, Any]) -> None:
         name = msg["name"]
@@ -144,7 +146,8 @@ class GuideCall(Messenger):
             msg["value"] = self._preset[name] = jnp.arange(size)
         else:
             msg["value"] = None
-        msg["args"] = (size, plate.subsample_size)
+        takes_all = plate.asked is None and plate.subsample_size == size
+        msg["args"] = (size, None if takes_all else plate.subsample_size)
         if msg["value"] is None:
             msg["fn"] = self._drawing(name, msg["fn"])
 
@@ -203,6 +206,16 @@ class GuideCall(Messenger):
             if shape[axis] != 1:
                 rows = self._rows[frame.name]
                 msg["value"] = jnp.take(msg["value"], rows, axis)
+
+
+def rows_of_replayed_guide() -> dict[str, jax.Array]:
+    """Return the rows, by plate, of the guide that a model is run against just now."""
+    for handler in reversed(_PYRO_STACK):
+        if isinstance(handler, replay):
+            for site in handler.trace.values():
+                if "plate_rows" in site:
+                    return site["plate_rows"]
+    return {}
 
 
 def check_rows(name: str, size: int, rows: Any) -> None:

@@ -25,8 +25,11 @@ class ModelPlate:
         The plate's name.
     size : int
         Its full size, in rows.
+    asked : int or None
+        The ``subsample_size`` that the model gives to ``numpyro.plate``.
     subsample_size : int
-        How many of its rows the model asks for or pins; ``size`` if it takes all.
+        How many of its rows the model takes: those it pins, those it asks for, or
+        all.
     dim : int
         The batch dimension it takes, counted from the right.
     rows : jax.Array or None
@@ -37,6 +40,7 @@ class ModelPlate:
 
     name: str
     size: int
+    asked: int | None
     subsample_size: int
     dim: int
     rows: jax.Array | None
@@ -177,8 +181,8 @@ def read_plates(
         def subsample(
             name: str, size: int, subsample_size: int | None, dim: int | None
         ) -> tuple[int, jax.Array]:
-            asked = size if subsample_size is None else int(subsample_size)
-            check_subsample_size(name, size, asked)
+            taken = size if subsample_size is None else int(subsample_size)
+            check_subsample_size(name, size, taken)
             watcher = _PlateWatcher()
             with watcher:
                 dim, rows = as_it_was.__func__(name, size, subsample_size, dim)
@@ -186,7 +190,8 @@ def read_plates(
             plates[name] = ModelPlate(
                 name=name,
                 size=size,
-                subsample_size=rows.shape[0] if model_pins else asked,
+                asked=subsample_size,
+                subsample_size=rows.shape[0] if model_pins else taken,
                 dim=dim,
                 rows=rows if model_pins else None,
             )
