@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from numpyro.infer.autoguide import AutoGuide
-from numpyro.primitives import Messenger
 
 from .guide_call import GuideCall, rows_of_replayed_guide
 from .guides import call_autoguide, model_of
+from .posterior import QUESTIONS, LatentsOfAllRows, ask_autoguide
 
 
-class dynamic_subsample(Messenger):
+class dynamic_subsample(LatentsOfAllRows):
     """Let a guide's plates follow the model's, whatever their size was at first.
 
     NumPyro's automatic guides record their plates on the first call and keep that
@@ -98,16 +98,14 @@ class dynamic_subsample(Messenger):
         super().__exit__(exc_type, exc_value, traceback)
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Give a model's plate the rows that the guide took, if it runs against one.
-
-        ``replay`` does so too, but for the trace of ``TraceEnum_ELBO``, which has no
-        plates.
-        """
-        if msg["type"] != "plate" or GuideCall.current() is not None:
+        if GuideCall.current() is not None:
             return
-        rows = rows_of_replayed_guide()
-        if msg["name"] in rows:
-            msg["value"] = rows[msg["name"]]
+        super().process_message(msg)
+        if msg["type"] == "plate":
+            # ``replay`` does so too, but for the trace of ``TraceEnum_ELBO``, which
+            # has no plates.
+            rows = rows_of_replayed_guide()
+            msg["value"] = rows.get(msg["name"], msg["value"])
 
     # From here on: to look like the guide. NumPyro tests a guide's class with
     # isinstance and by name, and copies guides.
@@ -121,7 +119,13 @@ class dynamic_subsample(Messenger):
         guide = vars(self).get("fn")
         if guide is None:
             raise AttributeError(f"dynamic_subsample has no attribute '{name}'")
+        if name in QUESTIONS and isinstance(guide, AutoGuide):
+            return functools.partial(self._ask, name)
         return getattr(guide, name)
+
+    def _ask(self, question: str, *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return getattr(self.fn, question)(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         guide = vars(self).get("fn")
@@ -156,14 +160,14 @@ def _rebuild(guide: Callable | None, model: Callable | None) -> dynamic_subsampl
 
 
 class _AutoguideCalls:
-    """Routes the calls of all autoguides through `call_autoguide` while entered.
+    """Routes all autoguides' calls and posterior methods through this library.
 
     A call is looked up on the guide's class, so this is where it can be met with its
     arguments, in whatever loop it happens. Entering again inside does nothing.
     """
 
     _depth = 0
-    _as_they_were: ClassVar[dict[type, Callable]] = {}
+    _as_they_were: ClassVar[dict[tuple[type, str], Callable]] = {}
 
     @classmethod
     def enter(cls) -> None:
@@ -179,21 +183,26 @@ class _AutoguideCalls:
         if cls._depth == 0:
             del AutoGuide.__init_subclass__
             while cls._as_they_were:
-                guide_class, run = cls._as_they_were.popitem()
-                guide_class.__call__ = run  # ty: ignore[invalid-assignment]
+                (guide_class, name), run = cls._as_they_were.popitem()
+                setattr(guide_class, name, run)
 
     @classmethod
     def _route(cls, guide_class: type) -> None:
-        run = vars(guide_class).get("__call__")
-        if run is None or guide_class in cls._as_they_were:
-            return
-        cls._as_they_were[guide_class] = run
+        for name in ("__call__", *QUESTIONS):
+            run = vars(guide_class).get(name)
+            if run is not None and (guide_class, name) not in cls._as_they_were:
+                cls._as_they_were[guide_class, name] = run
+                setattr(guide_class, name, _routed(name, run))
 
-        @functools.wraps(run)
-        def __call__(guide: AutoGuide, *args: Any, **kwargs: Any) -> Any:
+
+def _routed(name: str, run: Callable) -> Callable:
+    @functools.wraps(run)
+    def method(guide: AutoGuide, *args: Any, **kwargs: Any) -> Any:
+        if name == "__call__":
             return call_autoguide(guide, run, args, kwargs)
+        return ask_autoguide(guide, name, run, args, kwargs)
 
-        guide_class.__call__ = __call__  # ty: ignore[invalid-assignment]
+    return method
 
 
 def _subclasses(guide_class: type) -> Iterator[type]:

@@ -15,7 +15,7 @@ from numpyro.handlers import replay
 from numpyro.primitives import _PYRO_STACK, CondIndepStackFrame, Messenger
 
 from .alignment import keeps_rows_in_order
-from .plates import ModelPlate, check_subsample_size, read_plates
+from .plates import ModelPlate, check_subsample_size, read_plates, take_rows
 
 
 class GuideCall(Messenger):
@@ -43,6 +43,10 @@ class GuideCall(Messenger):
         self._shuffled: set[str] = set()
         self._serving: list[Any] = []
 
+    def __enter__(self) -> GuideCall:
+        super().__enter__()
+        return self
+
     @staticmethod
     def current() -> GuideCall | None:
         """Return the call of a guide that is under way, if there is one."""
@@ -61,6 +65,11 @@ class GuideCall(Messenger):
         finally:
             self._serving.pop()
 
+    def takes_some(self, name: str) -> bool:
+        """Tell whether a plate of the guide takes other rows than all, in order."""
+        taken = self._rows[name].shape[0]
+        return taken != self.model_plate(name).size or name in self._shuffled
+
     def expect(self, names: Iterable[str]) -> None:
         """Name plates that the guide is going to need: one reading then serves all."""
         self._expected.update(names)
@@ -69,6 +78,10 @@ class GuideCall(Messenger):
         """Read every plate of the model now."""
         with self.outside():
             self._plates |= read_plates(*self._run)
+
+    def plates(self) -> list[ModelPlate]:
+        """Return the model's plates that have been read."""
+        return list(self._plates.values())
 
     @contextmanager
     def made_by_user(self) -> Generator[None]:
@@ -123,10 +136,10 @@ class GuideCall(Messenger):
                 f"parameters were made for {size} rows. Keep the plate's size that of "
                 "the whole data set, or build a new guide and call svi.init again."
             )
-        if self._by_user and frozen != plate.subsample_size:
+        if self._by_user and frozen != plate.requested:
             raise ValueError(
                 f"create_plates gives plate '{name}' (size {size}) {frozen} rows, but "
-                f"the model asks for {plate.subsample_size}. Leave create_plates out: "
+                f"the model asks for {plate.requested}. Leave create_plates out: "
                 "dynamic_subsample makes it unnecessary."
             )
         pinned_by_guide = frozen < size and msg["value"] is not None
@@ -134,20 +147,20 @@ class GuideCall(Messenger):
             msg["value"] = self._rows[name]
         elif plate.rows is not None:
             msg["value"] = plate.rows
-        elif frozen == plate.subsample_size:
+        elif frozen == plate.requested:
             self._preset[name] = None if pinned_by_guide else msg["value"]
         elif pinned_by_guide:
             raise ValueError(
                 f"The guide pins {frozen} rows of plate '{name}' (size {size}), but "
-                f"the model asks for {plate.subsample_size}. Pin the rows once, "
+                f"the model asks for {plate.requested}. Pin the rows once, "
                 "around guide and model alike."
             )
-        elif plate.subsample_size == size:
+        elif plate.requested == size:
             msg["value"] = self._preset[name] = jnp.arange(size)
         else:
             msg["value"] = None
-        takes_all = plate.asked is None and plate.subsample_size == size
-        msg["args"] = (size, None if takes_all else plate.subsample_size)
+        takes_all = plate.asked is None and plate.requested == size
+        msg["args"] = (size, None if takes_all else plate.requested)
         if msg["value"] is None:
             msg["fn"] = self._drawing(name, msg["fn"])
 
@@ -199,13 +212,11 @@ class GuideCall(Messenger):
         if event_dim is None:
             return
         for frame in msg["cond_indep_stack"]:
-            axis = frame.dim - event_dim
-            shape = jnp.shape(msg["value"])
-            if frame.name not in self._shuffled or len(shape) < -axis:
-                continue
-            if shape[axis] != 1:
+            if frame.name in self._shuffled:
                 rows = self._rows[frame.name]
-                msg["value"] = jnp.take(msg["value"], rows, axis)
+                msg["value"] = take_rows(
+                    msg["value"], rows, frame.size, frame.dim - event_dim
+                )
 
 
 def rows_of_replayed_guide() -> dict[str, jax.Array]:

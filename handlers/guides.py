@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
-from numpyro.infer.autoguide import AutoGuide
+import jax.numpy as jnp
+import numpyro
+from numpyro.distributions import Delta
+from numpyro.distributions.transforms import biject_to
+from numpyro.infer.autoguide import (
+    AutoContinuous,
+    AutoDAIS,
+    AutoDelta,
+    AutoGuide,
+    AutoSemiDAIS,
+    AutoSurrogateLikelihoodDAIS,
+)
+from numpyro.infer.initialization import init_to_uniform, init_to_value
+from numpyro.primitives import Messenger
 
 from .guide_call import GuideCall
+from .plates import (
+    full_size,
+    plates_of_latents,
+    rehearsal,
+    rows_of_enclosing,
+    take_rows,
+)
 
 
 def model_of(guide: Any) -> Callable | None:
@@ -47,12 +68,48 @@ def call_autoguide(
     with call.serving(guide) as already_served:
         if already_served:
             return run(guide, *args, **kwargs)
-        if guide.prototype_trace is None:
-            call.read_all()
-        else:
-            call.expect(guide._prototype_frames)
-        with _create_plates_checked(guide, call):
+        with served(guide, call, args, kwargs):
             return run(guide, *args, **kwargs)
+
+
+@contextmanager
+def served(
+    guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
+) -> Generator[None]:
+    """Give a guide, for as long as it runs, what its family needs."""
+    if guide.prototype_trace is None:
+        call.read_all()
+        with _undone_on_error(guide):
+            _set_up_prototype(guide, call, args, kwargs)
+            with _family(guide, call):
+                yield
+    else:
+        call.expect(guide._prototype_frames)
+        with _family(guide, call):
+            yield
+
+
+@contextmanager
+def _undone_on_error(guide: AutoGuide) -> Generator[None]:
+    """Leave no half-made prototype behind, which would pass for a whole one."""
+    as_it_was = {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in vars(guide).items()
+    }
+    try:
+        yield
+    except BaseException:
+        vars(guide).clear()
+        vars(guide).update(as_it_was)
+        raise
+
+
+def _family(guide: AutoGuide, call: GuideCall) -> AbstractContextManager[None]:
+    if isinstance(guide, AutoContinuous):
+        return _joint(guide, call)
+    if isinstance(guide, AutoSemiDAIS):
+        return _local_dais(guide, call)
+    return _create_plates_checked(guide, call)
 
 
 @contextmanager
@@ -72,3 +129,157 @@ def _create_plates_checked(guide: AutoGuide, call: GuideCall) -> Generator[None]
         yield
     finally:
         guide.create_plates = create_plates
+
+
+# ------------------------------------------------------------------ the first call
+
+
+def _set_up_prototype(
+    guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """Make the guide's prototype where NumPyro's own way would not do."""
+    # A part made with block(model, expose=...) does not see the plates of its sites.
+    for plate in call.plates():
+        guide._prototype_frame_full_sizes.setdefault(plate.name, plate.size)
+    subsampled = {p.name for p in call.plates() if p.subsample_size != p.size}
+    if isinstance(guide, AutoContinuous):
+        # AutoDAIS evaluates the likelihood of the whole data; the others only need
+        # one latent for every row.
+        if subsampled and not _needs_whole_likelihood(guide):
+            local = plates_of_latents(guide.model, args, kwargs)
+            subsampled &= set().union(*local.values())
+        if subsampled:
+            _set_up_at_full_size(guide, min(subsampled), call, args, kwargs)
+        else:
+            guide._setup_prototype(*args, **kwargs)
+    elif isinstance(guide, AutoSemiDAIS):
+        guide._setup_prototype(*args, **kwargs)
+    elif subsampled and _func(guide.init_loc_fn) is init_to_value:
+        _set_up_from_values(guide, args, kwargs)
+
+
+def _func(init_loc_fn: Any) -> Any:
+    return getattr(init_loc_fn, "func", None)
+
+
+def _needs_whole_likelihood(guide: AutoGuide) -> bool:
+    return isinstance(guide, AutoDAIS) and not isinstance(
+        guide, AutoSurrogateLikelihoodDAIS
+    )
+
+
+def _set_up_at_full_size(
+    guide: AutoContinuous,
+    name: str,
+    call: GuideCall,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> None:
+    try:
+        with rehearsal(), full_size():
+            guide.model(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        plate = call.model_plate(name)
+        raise ValueError(
+            f"{type(guide).__name__} is one joint distribution over all rows of plate "
+            f"'{name}' (size {plate.size}), so the first call has to run the model at "
+            f"full size. With these arguments, which bring {plate.subsample_size} "
+            f"rows, it cannot: {error}. Make the first call, svi.init, with the full "
+            "data; later calls may bring batches of any size."
+        ) from error
+    with full_size():
+        guide._setup_prototype(*args, **kwargs)
+
+
+def _set_up_from_values(guide: AutoGuide, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Start every row where ``init_to_value`` says, those outside the batch too."""
+    init_loc_fn: Any = guide.init_loc_fn
+    values = init_loc_fn.keywords.get("values", {})
+    guide.init_loc_fn = partial(_init_to_rows_of_value, values=values)
+    try:
+        guide._setup_prototype(*args, **kwargs)
+    finally:
+        guide.init_loc_fn = init_loc_fn
+    prototype: Any = guide.prototype_trace
+    for name, init_loc in getattr(guide, "_init_locs", {}).items():
+        if name not in values:
+            continue
+        value = values[name]
+        if not isinstance(guide, AutoDelta):
+            value = biject_to(prototype[name]["fn"].support).inv(value)
+        guide._init_locs[name] = jnp.broadcast_to(value, jnp.shape(init_loc))
+
+
+def _init_to_rows_of_value(site: dict[str, Any], values: dict[str, Any]) -> Any:
+    """Do as ``init_to_value``, with values for all rows of a subsampled plate."""
+    if site["type"] != "sample" or site["is_observed"]:
+        return None
+    if site["name"] not in values:
+        return init_to_uniform(site)
+    return rows_of_enclosing(values[site["name"]], site)
+
+
+# ------------------------------------------------------------------ joint guides
+
+
+@contextmanager
+def _joint(guide: AutoContinuous, call: GuideCall) -> Generator[None]:
+    """Let a joint distribution over all rows give those of the batch.
+
+    The joint density is that of all rows, unscaled. Each site takes the rows of the
+    batch and passes through the plate, whose scale makes its log density and the
+    model's unbiased estimates of those of all rows.
+    """
+    plates = {
+        frame.name: numpyro.plate(
+            frame.name, guide._prototype_frame_full_sizes[frame.name], dim=frame.dim
+        )
+        for frame in guide._prototype_frames.values()
+    }
+    with _SitesInPlates(guide, plates, call):
+        if _needs_whole_likelihood(guide):
+            with full_size():
+                yield
+        else:
+            yield
+
+
+class _SitesInPlates(Messenger):
+    def __init__(
+        self, guide: AutoContinuous, plates: dict[str, Any], call: GuideCall
+    ) -> None:
+        super().__init__()
+        self._prototype: Any = guide.prototype_trace
+        self._plates = plates
+        self._call = call
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        site = self._prototype.get(msg.get("name"))
+        if msg["type"] != "sample" or site is None or type(msg["fn"]) is not Delta:
+            return
+        delta = msg["fn"]
+        value, log_density = delta.v, delta.log_density
+        plates = [self._plates[frame.name] for frame in site["cond_indep_stack"]]
+        for plate in plates:
+            if self._call.takes_some(plate.name):
+                rows, size, dim = plate._indices, plate.size, plate.dim
+                value = take_rows(value, rows, size, dim - delta.event_dim)
+                log_density = take_rows(log_density, rows, size, dim)
+        msg["fn"] = Delta(value, log_density, event_dim=delta.event_dim)
+        for plate in plates:
+            plate.process_message(msg)
+
+
+# ------------------------------------------------------------------ AutoSemiDAIS
+
+
+@contextmanager
+def _local_dais(guide: AutoSemiDAIS, call: GuideCall) -> Generator[None]:
+    """Give the guide's own record of its plate the size of this call."""
+    as_it_was = guide._local_plate
+    name, size, _ = as_it_was
+    guide._local_plate = (name, size, call.model_plate(name).subsample_size)
+    try:
+        yield
+    finally:
+        guide._local_plate = as_it_was

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,8 +29,7 @@ class ModelPlate:
     asked : int or None
         The ``subsample_size`` that the model gives to ``numpyro.plate``.
     subsample_size : int
-        How many of its rows the model takes: those it pins, those it asks for, or
-        all.
+        How many rows the plate takes in the end.
     dim : int
         The batch dimension it takes, counted from the right.
     rows : jax.Array or None
@@ -45,31 +45,53 @@ class ModelPlate:
     dim: int
     rows: jax.Array | None
 
+    @property
+    def requested(self) -> int:
+        """The rows that a guide has to ask for, to get those that the model gets."""
+        if self.rows is not None:
+            return self.subsample_size
+        return self.size if self.asked is None else self.asked
+
+
+_Subsample = Callable[[str, int, int | None, int | None], tuple[int, jax.Array]]
+
+
+@contextmanager
+def _plates_made_by(make: Callable[..., tuple[int, jax.Array]]) -> Generator[None]:
+    """Let `make` take the rows of every new plate, given NumPyro's way of doing so.
+
+    This is the one place where a plate is met with its arguments and before all
+    handlers, those inside the model too.
+    """
+    as_it_was = vars(numpyro.plate)["_subsample"]
+    subsample = partial(make, as_it_was.__func__)
+    numpyro.plate._subsample = staticmethod(subsample)  # ty: ignore[invalid-assignment]
+    try:
+        yield
+    finally:
+        numpyro.plate._subsample = as_it_was
+
 
 class _EnoughPlatesError(Exception):
     """Leaves the model once every plate that is wanted has been seen."""
 
 
 class _PlateWatcher(Messenger):
-    """Sees one plate message before and after all other handlers do.
-
-    A value that is there in the end, was not there in the beginning and was not
-    drawn is one that a handler pinned.
-    """
+    """Sees one plate message before all other handlers do, and spares it the draw."""
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        self._preset = msg["value"]
-        self._drawn = False
+        self.message = msg
+        self.preset = msg["value"]
+        self.drawn = False
         # Any rows will do while the plates are read, and a true draw would shuffle
         # the whole plate.
         msg["fn"] = self._draw
 
     def _draw(self, size: int, subsample_size: int, rng_key: Any = None) -> jax.Array:
-        self._drawn = True
+        self.drawn = True
         return jnp.arange(subsample_size)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        self.pinned = not self._drawn and msg["value"] is not self._preset
         # NumPyro's warning of a pin of another length is the model's own to give,
         # once, when it runs in earnest.
         msg["args"] = (msg["args"][0], jnp.shape(msg["value"])[0])
@@ -126,6 +148,19 @@ def rehearsal() -> Generator[_Outside]:
         yield outside
 
 
+def plates_of_latents(
+    model: Callable, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, set[str]]:
+    """Return the plates that each latent site of a model is in, by site."""
+    with rehearsal(), handlers.trace() as sites:
+        model(*args, **kwargs)
+    return {
+        name: {frame.name for frame in site["cond_indep_stack"]}
+        for name, site in sites.items()
+        if site["type"] == "sample" and not site["is_observed"]
+    }
+
+
 def check_subsample_size(name: str, size: int, subsample_size: int) -> None:
     """Refuse a number of rows that a plate of `size` rows cannot give."""
     if 1 <= subsample_size <= size:
@@ -174,36 +209,111 @@ def read_plates(
         If a plate is asked for fewer rows than one, or for more than it has.
     """
     plates: dict[str, ModelPlate] = {}
-    as_it_was = vars(numpyro.plate)["_subsample"]
 
     with rehearsal() as outside:
 
-        def subsample(
-            name: str, size: int, subsample_size: int | None, dim: int | None
+        def watched(
+            subsample: _Subsample,
+            name: str,
+            size: int,
+            subsample_size: int | None,
+            dim: int | None,
         ) -> tuple[int, jax.Array]:
             taken = size if subsample_size is None else int(subsample_size)
             check_subsample_size(name, size, taken)
             watcher = _PlateWatcher()
             with watcher:
-                dim, rows = as_it_was.__func__(name, size, subsample_size, dim)
-            model_pins = watcher.pinned and name not in outside.pinned
+                dim, rows = subsample(name, size, subsample_size, dim)
+            # Handlers may have renamed the plate.
+            name = watcher.message["name"]
+            pinned = not watcher.drawn and rows is not watcher.preset
             plates[name] = ModelPlate(
                 name=name,
                 size=size,
                 asked=subsample_size,
-                subsample_size=rows.shape[0] if model_pins else taken,
+                subsample_size=rows.shape[0],
                 dim=dim,
-                rows=rows if model_pins else None,
+                rows=rows if pinned and name not in outside.pinned else None,
             )
             if until is not None and plates.keys() >= set(until):
                 raise _EnoughPlatesError
             return dim, rows
 
-        numpyro.plate._subsample = staticmethod(subsample)  # ty: ignore[invalid-assignment]
-        try:
+        with _plates_made_by(watched), suppress(_EnoughPlatesError):
             model(*args, **kwargs)
-        except _EnoughPlatesError:
-            pass
-        finally:
-            numpyro.plate._subsample = as_it_was
     return plates
+
+
+class _AllRows(Messenger):
+    """Has the last word on the rows of one plate: all of them, in order."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        self._preset = msg["value"]
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        msg["value"] = self._preset
+        msg["args"] = (msg["args"][0], None)
+
+
+class _WholeData(Messenger):
+    """Refuses observed sites whose data do not cover the plates they are in."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample" or not msg["is_observed"]:
+            return
+        shape = jnp.shape(msg["value"])
+        shape = shape[: len(shape) - msg["fn"].event_dim]
+        for frame in msg["cond_indep_stack"]:
+            rows = shape[frame.dim] if len(shape) >= -frame.dim else frame.size
+            if rows != frame.size:
+                raise ValueError(
+                    f"site '{msg['name']}' has data for {rows} rows of plate "
+                    f"'{frame.name}' (size {frame.size})"
+                )
+
+
+def take_rows(value: Any, rows: jax.Array, size: int, axis: int) -> Any:
+    """Take `rows` of a value that has all `size` of them at `axis`; else leave it."""
+    shape = jnp.shape(value)
+    if len(shape) < -axis or shape[axis] == 1 or shape[axis] != size:
+        return value
+    return jnp.take(value, rows, axis)
+
+
+def rows_of_enclosing(value: Any, msg: dict[str, Any]) -> Any:
+    """Take the rows of the plates around a site of a value that has all of them."""
+    event_dim = msg["fn"].event_dim
+    dims = {frame.dim: frame.size for frame in msg["cond_indep_stack"]}
+    for handler in _PYRO_STACK:
+        # NumPyro's plate or funsor's. Their names may have been changed on the way.
+        if dims.get(getattr(handler, "dim", None)) == getattr(
+            handler, "subsample_size", 0
+        ):
+            indices = getattr(handler, "indices", handler._indices)
+            value = take_rows(value, indices, handler.size, handler.dim - event_dim)
+    return value
+
+
+@contextmanager
+def full_size() -> Generator[None]:
+    """Make every plate in here take all its rows, in order.
+
+    Raises
+    ------
+    ValueError
+        Where observed data do not cover their plates. (Sites behind a ``block`` are
+        not seen.)
+    """
+
+    def all_rows(
+        subsample: _Subsample,
+        name: str,
+        size: int,
+        subsample_size: int | None,
+        dim: int | None,
+    ) -> tuple[int, jax.Array]:
+        with _AllRows():
+            return subsample(name, size, None, dim)
+
+    with _plates_made_by(all_rows), _WholeData():
+        yield
