@@ -1,5 +1,7 @@
 """Mini-batches of any size for NumPyro's automatic guides."""
 
 from .dynamic_subsample import dynamic_subsample
+from .padding import pad_minibatch
+from .subsample_svi import SubsampleSVI
 
-__all__ = ["dynamic_subsample"]
+__all__ = ["SubsampleSVI", "dynamic_subsample", "pad_minibatch"]

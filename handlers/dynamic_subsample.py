@@ -100,12 +100,14 @@ class dynamic_subsample(LatentsOfAllRows):
     def process_message(self, msg: dict[str, Any]) -> None:
         if GuideCall.current() is not None:
             return
-        super().process_message(msg)
+        rows = rows_of_replayed_guide()
         if msg["type"] == "plate":
             # ``replay`` does so too, but for the trace of ``TraceEnum_ELBO``, which
             # has no plates.
-            rows = rows_of_replayed_guide()
             msg["value"] = rows.get(msg["name"], msg["value"])
+        elif not rows:
+            # A guide that the model runs against has taken its rows by itself.
+            super().process_message(msg)
 
     # From here on: to look like the guide. NumPyro tests a guide's class with
     # isinstance and by name, and copies guides.

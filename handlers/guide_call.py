@@ -240,7 +240,9 @@ def check_rows(name: str, size: int, rows: Any) -> None:
     check_subsample_size(name, size, jnp.shape(rows)[0])
     if isinstance(rows, Tracer):
         return
-    low, high = int(np.min(rows)), int(np.max(rows))
+    # On NumPy's side, as a JAX array is traced even where it is concrete.
+    rows = np.asarray(rows)
+    low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= size:
         raise ValueError(
             f"The rows pinned for plate '{name}' (size {size}) run from {low} to "

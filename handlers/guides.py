@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from numpyro.infer.autoguide import (
     AutoSurrogateLikelihoodDAIS,
 )
 from numpyro.infer.initialization import init_to_uniform, init_to_value
-from numpyro.primitives import Messenger
+from numpyro.primitives import _PYRO_STACK, CondIndepStackFrame, Messenger
 
 from .guide_call import GuideCall
 from .plates import (
@@ -230,13 +231,30 @@ def _joint(guide: AutoContinuous, call: GuideCall) -> Generator[None]:
     batch and passes through the plate, whose scale makes its log density and the
     model's unbiased estimates of those of all rows.
     """
+    for name in guide._prototype_frames:
+        _refuse_enumeration(guide, name)
     plates = {
-        frame.name: numpyro.plate(
-            frame.name, guide._prototype_frame_full_sizes[frame.name], dim=frame.dim
-        )
-        for frame in guide._prototype_frames.values()
+        name: _plate(guide, frame) for name, frame in guide._prototype_frames.items()
     }
-    with _SitesInPlates(guide, plates, call):
+    subsampled = [name for name in plates if call.takes_some(name)]
+    if subsampled and _under_renyi_elbo():
+        raise ValueError(
+            f"RenyiELBO takes its bound row by row, and {type(guide).__name__} has no "
+            f"density of its own for the rows of plate '{subsampled[0]}'. Use "
+            "AutoNormal or Trace_ELBO."
+        )
+
+    def rows_of_batch(delta: Delta, plate: Any) -> Delta:
+        if plate.name not in subsampled:
+            return delta
+        rows, size, dim = plate._indices, plate.size, plate.dim
+        return Delta(
+            take_rows(delta.v, rows, size, dim - delta.event_dim),
+            take_rows(delta.log_density, rows, size, dim),
+            event_dim=delta.event_dim,
+        )
+
+    with _SitesInPlates(guide, plates.__getitem__, rows_of_batch):
         if _needs_whole_likelihood(guide):
             with full_size():
                 yield
@@ -244,28 +262,47 @@ def _joint(guide: AutoContinuous, call: GuideCall) -> Generator[None]:
             yield
 
 
+def _under_renyi_elbo() -> bool:
+    # It alone seeds plates apart from sites, so that its particles share their rows.
+    return any("sample" in getattr(h, "hide_types", ()) for h in _PYRO_STACK)
+
+
+def _refuse_enumeration(guide: AutoGuide, name: str) -> None:
+    module = sys.modules.get("numpyro.contrib.funsor.enum_messenger")
+    if module is not None and any(isinstance(h, module.enum) for h in _PYRO_STACK):
+        raise ValueError(
+            f"TraceEnum_ELBO does not support {type(guide).__name__} with local "
+            f"latents, here in plate '{name}' (size "
+            f"{guide._prototype_frame_full_sizes[name]}). Use AutoNormal."
+        )
+
+
+def _plate(guide: AutoGuide, frame: CondIndepStackFrame) -> Any:
+    size = guide._prototype_frame_full_sizes[frame.name]
+    return numpyro.plate(frame.name, size, dim=frame.dim)
+
+
 class _SitesInPlates(Messenger):
+    """Passes a guide's local sites, which stand outside all plates, through theirs."""
+
     def __init__(
-        self, guide: AutoContinuous, plates: dict[str, Any], call: GuideCall
+        self,
+        guide: AutoGuide,
+        plate: Callable[[str], Any],
+        adapt: Callable[[Delta, Any], Delta],
     ) -> None:
         super().__init__()
         self._prototype: Any = guide.prototype_trace
-        self._plates = plates
-        self._call = call
+        self._plate = plate
+        self._adapt = adapt
 
     def process_message(self, msg: dict[str, Any]) -> None:
         site = self._prototype.get(msg.get("name"))
         if msg["type"] != "sample" or site is None or type(msg["fn"]) is not Delta:
             return
-        delta = msg["fn"]
-        value, log_density = delta.v, delta.log_density
-        plates = [self._plates[frame.name] for frame in site["cond_indep_stack"]]
+        plates = [self._plate(frame.name) for frame in site["cond_indep_stack"]]
         for plate in plates:
-            if self._call.takes_some(plate.name):
-                rows, size, dim = plate._indices, plate.size, plate.dim
-                value = take_rows(value, rows, size, dim - delta.event_dim)
-                log_density = take_rows(log_density, rows, size, dim)
-        msg["fn"] = Delta(value, log_density, event_dim=delta.event_dim)
+            msg["fn"] = self._adapt(msg["fn"], plate)
         for plate in plates:
             plate.process_message(msg)
 
@@ -275,11 +312,35 @@ class _SitesInPlates(Messenger):
 
 @contextmanager
 def _local_dais(guide: AutoSemiDAIS, call: GuideCall) -> Generator[None]:
-    """Give the guide's own record of its plate the size of this call."""
+    """Give the guide's own record of its plate the size of this call.
+
+    The guide scales the log density of its local sites itself and samples them
+    outside the plate, so that whoever asks a site for its scale, as
+    ``TraceMeanField_ELBO`` does, gets none. Here it is left to the plates.
+    """
     as_it_was = guide._local_plate
     name, size, _ = as_it_was
+    _refuse_enumeration(guide, name)
+    if guide.local_guide is not None and _under_renyi_elbo():
+        raise ValueError(
+            f"AutoSemiDAIS spreads the density of its local guide evenly over the rows "
+            f"of plate '{name}', and RenyiELBO then exceeds the log evidence. Leave "
+            "local_guide out, or use Trace_ELBO."
+        )
     guide._local_plate = (name, size, call.model_plate(name).subsample_size)
+
+    @cache
+    def plate(name: str) -> Any:
+        return _plate(guide, guide._prototype_frames[name])
+
+    def unscaled(delta: Delta, plate: Any) -> Delta:
+        if plate.name != name or plate.subsample_size == size:
+            return delta
+        log_density = delta.log_density * (plate.subsample_size / size)
+        return Delta(delta.v, log_density, event_dim=delta.event_dim)
+
     try:
-        yield
+        with _SitesInPlates(guide, plate, unscaled):
+            yield
     finally:
         guide._local_plate = as_it_was

@@ -1,0 +1,316 @@
+"""Pad batches to one capacity, and count only the rows that are real."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
+from jax.typing import ArrayLike
+from numpyro.distributions import MaskedDistribution
+from numpyro.handlers import replay
+from numpyro.primitives import _PYRO_STACK, CondIndepStackFrame, Messenger
+
+
+def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:
+    """Pad every array of a batch along its leading axis, by repeating its last row.
+
+    Parameters
+    ----------
+    batch : pytree of arrays
+        Arrays of shapes ``(count, ...)``, all with the same ``count``; indices of a
+        plate's rows can be among them.
+    capacity : int, optional
+        How many rows to pad to; by default the next power of two. A plate cannot take
+        more rows than it has, so with batches nearly as large as the plate, give a
+        capacity of at most its size.
+
+    Returns
+    -------
+    padded : pytree of arrays
+        The same tree with arrays of shapes ``(capacity, ...)``. NumPy arrays stay
+        NumPy arrays, and JAX arrays JAX arrays.
+    count : int
+        How many rows, the first ones, are those of `batch`.
+
+    Raises
+    ------
+    ValueError
+        If `batch` holds no array or no row, if its arrays differ in their leading
+        axis or lack one, or if `capacity` is smaller than their number of rows.
+
+    Notes
+    -----
+    JAX arrays are padded on the host, where a size that is new compiles nothing.
+
+    Examples
+    --------
+    >>> (x, rows), n = pad_minibatch((X[rows], rows), capacity=256)
+    >>> state, loss = step(state, x, indices={"n": rows}, valid={"n": n})
+    """
+    leaves, structure = tree_flatten_with_path(batch)
+    lengths: dict[str, int] = {}
+    for path, leaf in leaves:
+        shape = np.shape(leaf)
+        if not isinstance(leaf, np.ndarray | jax.Array) or not shape:
+            raise ValueError(
+                f"batch{keystr(path)} is {leaf!r}, which has no leading axis to pad. "
+                "Give arrays with one row per row of the batch, and pass what all rows "
+                "share to the step itself."
+            )
+        lengths[f"batch{keystr(path)}"] = shape[0]
+    if not lengths or min(lengths.values()) < 1:
+        raise ValueError(
+            f"The batch has no row to repeat; the leading axes are {lengths}. Skip the "
+            "steps that have none."
+        )
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"All arrays of a batch must have one and the same leading axis, but "
+            f"theirs are {lengths}. Pad what belongs to different plates separately."
+        )
+    count = next(iter(lengths.values()))
+    if capacity is None:
+        capacity = 1 << (count - 1).bit_length()
+    if capacity < count:
+        raise ValueError(
+            f"The batch has {count} rows, more than the capacity of {capacity}. Give a "
+            "capacity of at least that of the largest batch."
+        )
+    rows = np.minimum(np.arange(capacity), count - 1)
+
+    def pad(leaf: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+        if (
+            isinstance(leaf, np.ndarray | Tracer)
+            # Typed keys have no NumPy form.
+            or jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        ):
+            return leaf[rows]
+        return jnp.asarray(np.asarray(leaf)[rows])
+
+    return tree_unflatten(structure, [pad(leaf) for _, leaf in leaves]), count
+
+
+class valid_rows(Messenger):
+    """Let only the first rows of a plate count, those that are not padding.
+
+    While this handler is active, each sample site in such a plate, of guide and model
+    alike, has its log density masked to the valid rows, and where the plate
+    subsamples, scaled by its full size over their number: loss and gradients are
+    those of a batch that holds nothing else. Enter it around the whole step, outside
+    of all plates. Counts that change from step to step must be arguments of the
+    compiled function, so enter it inside of that; entered around, they are constants
+    of the compiled program. ``SubsampleSVI`` does all this.
+
+    Parameters
+    ----------
+    counts : dict of str to int
+        For each plate, how many of its rows are valid: scalars of an integer type,
+        traced or concrete. Plates that are not named are left alone.
+
+    Raises
+    ------
+    ValueError
+        If a count is not an integer scalar, or is concrete and not between 1 and the
+        number of rows that the plate takes; if no plate of that name is met; if a
+        latent site stands in the plate in the model but not in the guide, or the
+        reverse; if a site that ``TraceEnum_ELBO`` enumerates in the model, or whose
+        KL divergence it takes analytically, stands in a subsampled plate with a
+        traced count.
+
+    Notes
+    -----
+    Padded observations may hold anything, NaN too: they are replaced by the first
+    row's. All else that the model reads must be finite in padded rows, best a copy of
+    a real row as ``pad_minibatch`` makes it, because in a gradient zero times NaN is
+    NaN. What model or guide compute across rows by themselves, as the mean of a
+    batch, includes the padded ones.
+
+    Two values are wrong inside this handler: that of ``RenyiELBO``, which takes the
+    scale of a plate apart from its sites, and that of an ``AutoSemiDAIS`` with a
+    ``local_guide``, whose density it sums over all rows. Any ``AutoSemiDAIS`` runs its
+    local model where this handler does not reach, on observations that must be real in
+    all rows.
+
+    Examples
+    --------
+    >>> @jax.jit
+    ... def loss(params, x, n):
+    ...     with valid_rows({"n": n}):
+    ...         return Trace_ELBO().loss(key, params, model, guide, x)
+    """
+
+    def __init__(self, counts: Mapping[str, ArrayLike]) -> None:
+        super().__init__()
+        for name, count in counts.items():
+            dtype = jnp.result_type(count)
+            if np.ndim(count) != 0 or not jnp.issubdtype(dtype, jnp.integer):
+                raise ValueError(
+                    f"The valid count of plate '{name}' must be an integer scalar, but "
+                    f"has shape {np.shape(count)} and type {dtype}."
+                )
+        self.counts = dict(counts)
+        self._subsamples: dict[str, bool] = {}
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if exc_type is None:
+            check_names("valid", self.counts, self._subsamples)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate":
+            self._subsamples[msg["name"]] = msg["args"][1] is not None
+        elif msg["type"] == "sample":
+            frames = [f for f in msg["cond_indep_stack"] if f.name in self.counts]
+            guide_trace = _replayed_guide()
+            self._check_guide_site(msg, frames, guide_trace)
+            if frames:
+                self._count_valid_rows(msg, frames, guide_trace)
+
+    def _count_valid_rows(
+        self,
+        msg: dict[str, Any],
+        frames: list[CondIndepStackFrame],
+        guide_trace: dict[str, Any] | None,
+    ) -> None:
+        mask: Any = True
+        for name, dim, capacity in frames:
+            count = self._count(name, capacity)
+            valid = jnp.arange(capacity) < count
+            mask = mask & _on_axis(valid, dim)
+            if msg["is_observed"]:
+                axis = dim - len(msg["fn"].event_shape)
+                msg["value"] = _repeat_first_row(msg["value"], valid, axis)
+            if not self._subsamples[name]:
+                continue
+            if isinstance(count, Tracer):
+                _check_scale_may_be_traced(msg, name, capacity, guide_trace)
+            scale = 1.0 if msg["scale"] is None else msg["scale"]
+            # A Python float divided by an integer leaves the log density its dtype.
+            msg["scale"] = scale * (float(capacity) / count)
+        msg["fn"] = _ValidRowsDistribution(msg["fn"], mask)
+
+    def _count(self, name: str, capacity: int) -> Any:
+        if name not in self._subsamples:
+            raise ValueError(
+                f"Plate '{name}' ({capacity} rows) is made where valid counts cannot "
+                "see it. Make it inside the model, and outside of the body of a scan; "
+                "it can be entered in there."
+            )
+        count = self.counts[name]
+        if isinstance(count, Tracer):
+            return count
+        count = int(count)  # ty: ignore[invalid-argument-type]
+        if not 1 <= count <= capacity:
+            raise ValueError(
+                f"The valid count of plate '{name}' is {count}, but must be between 1 "
+                f"and {capacity}, the rows that the plate takes. Skip a step that has "
+                "no valid row, and pad larger batches to a larger capacity."
+            )
+        return count
+
+    def _check_guide_site(
+        self,
+        msg: dict[str, Any],
+        frames: list[CondIndepStackFrame],
+        guide_trace: dict[str, Any] | None,
+    ) -> None:
+        name = msg["name"]
+        if guide_trace is None or name not in guide_trace or msg["is_observed"]:
+            return
+        of_guide = {f.name for f in guide_trace[name]["cond_indep_stack"]}
+        of_model = {f.name for f in frames}
+        for plate in sorted(of_model ^ (of_guide & self.counts.keys())):
+            inside, outside = "model", "guide"
+            if plate in of_guide:
+                inside, outside = outside, inside
+            raise ValueError(
+                f"Site '{name}' stands in plate '{plate}' (valid count "
+                f"{self.counts[plate]}) in the {inside}, but outside of it in the "
+                f"{outside}, where padded rows would count. Sample it inside the plate "
+                "in both, or leave the count out and give batches without padding."
+            )
+
+
+class _ValidRowsDistribution(MaskedDistribution):
+    """A masked distribution that can still use its intermediates.
+
+    Flows without an inverse need them for their log density.
+    """
+
+    def sample_with_intermediates(
+        self, key: jax.Array | None, sample_shape: tuple[int, ...] = ()
+    ) -> tuple[ArrayLike, list[Any]]:
+        return self.base_dist.sample_with_intermediates(key, sample_shape)
+
+    def log_prob(
+        self, value: ArrayLike, intermediates: list[Any] | None = None
+    ) -> ArrayLike:
+        if not intermediates:
+            return super().log_prob(value)
+        log_prob = self.base_dist.log_prob(value, intermediates)
+        return jnp.where(self._mask, log_prob, 0.0)
+
+
+def check_names(keyword: str, names: Mapping[str, Any], plates: Mapping) -> None:
+    """Refuse names that are not among the model's plates."""
+    for name in sorted(names.keys() - plates.keys()):
+        raise ValueError(
+            f"{keyword} names a plate '{name}' that the model does not have; its "
+            f"plates are {sorted(plates)}."
+        )
+
+
+def _on_axis(valid: jax.Array, axis: int) -> jax.Array:
+    return valid.reshape((-1,) + (1,) * (-axis - 1))
+
+
+def _repeat_first_row(value: ArrayLike, valid: jax.Array, axis: int) -> ArrayLike:
+    shape = jnp.shape(value)
+    if len(shape) < -axis or shape[axis] != valid.shape[0]:
+        return value
+    first = jax.lax.slice_in_dim(jnp.asarray(value), 0, 1, axis=axis % len(shape))
+    return jnp.where(_on_axis(valid, axis), value, first)
+
+
+def _replayed_guide() -> dict[str, Any] | None:
+    """Return the trace of the guide that a model runs against just now."""
+    for handler in reversed(_PYRO_STACK):
+        if isinstance(handler, replay):
+            return handler.trace
+    return None
+
+
+def _check_scale_may_be_traced(
+    msg: dict[str, Any],
+    plate: str,
+    capacity: int,
+    guide_trace: dict[str, Any] | None,
+) -> None:
+    if guide_trace is None:
+        return
+    if msg["name"] not in guide_trace and msg.get("done"):
+        what = "is enumerated in the model"
+        remedy = "enumerate it in the guide"
+    elif msg["infer"].get("kl") == "analytic" and _enumerates():
+        what = "has an analytic KL divergence"
+        remedy = "leave out infer={'kl': 'analytic'}"
+    else:
+        return
+    raise ValueError(
+        f"Site '{msg['name']}' in plate '{plate}' ({capacity} rows) {what}, for which "
+        "TraceEnum_ELBO needs a scale that is known while it compiles, but the valid "
+        f"count of '{plate}' is traced. Either {remedy}, or give batches of equal size "
+        "without a count."
+    )
+
+
+def _enumerates() -> bool:
+    # Importing funsor sets its backend, so it is left to those who use it.
+    from numpyro.contrib.funsor import enum
+
+    return any(isinstance(handler, enum) for handler in _PYRO_STACK)

@@ -1,0 +1,377 @@
+"""What single guides, objectives and settings need beyond the matrix."""
+
+from functools import partial
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro import handlers
+from numpyro.contrib.control_flow import cond
+from numpyro.contrib.einstein import RBFKernel, SteinVI
+from numpyro.contrib.module import flax_module, random_flax_module
+from numpyro.infer import (
+    SVI,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    init_to_value,
+)
+from numpyro.infer.autoguide import (
+    AutoContinuous,
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoSemiDAIS,
+)
+from numpyro.infer.reparam import LocScaleReparam
+
+from models import N, X, one_latent, rows_plate
+from numpyro_dynamic_subsample import dynamic_subsample
+
+
+def losses(svi, state, size, draws=1000, **kwargs):
+    keys = jax.random.split(jax.random.key(5), draws)
+    evaluate = jax.vmap(lambda k: svi.evaluate(state._replace(rng_key=k), size))
+    return np.asarray(jax.jit(evaluate)(keys), float)
+
+
+def assert_same_mean(a, b):
+    error = np.sqrt(a.var() / len(a) + b.var() / len(b))
+    assert abs(a.mean() - b.mean()) < 4 * error + 1e-4
+
+
+def moved_rows(guide, name, sizes, *, model=one_latent, first=4, loss=None):
+    """How many rows a step at each size moves, after a first call at another."""
+    svi = SVI(model, guide, optax.sgd(0.1), loss or Trace_ELBO())
+    state = svi.init(jax.random.key(0), first)
+    before = svi.get_params(state)[name]
+    update = jax.jit(svi.update, static_argnums=1)
+    after = [svi.get_params(update(state, size)[0])[name] for size in sizes]
+    return [int((a != before).sum()) for a in after]
+
+
+def test_multivariate_normal_recovers_the_exact_posterior_from_batches():
+    """Normal mean, normal rows, normal noise: all rows are correlated."""
+    guide = dynamic_subsample(AutoMultivariateNormal(one_latent))
+    steps = 6000
+    optim = optax.adam(optax.exponential_decay(0.05, steps, 1e-3))
+    svi = SVI(one_latent, guide, optim, Trace_ELBO(num_particles=8))
+    state = svi.init(jax.random.key(0), 4)
+    step = jax.jit(lambda s, _: svi.update(s, 4))
+    state, _ = jax.lax.scan(step, state, length=steps)
+    # Of (mu, z): prior precision plus likelihood precision.
+    to_difference = np.hstack([-np.ones((N, 1)), np.eye(N)])
+    to_rows = to_difference + np.eye(N, N + 1) * 0
+    to_rows[:, 0] = 0
+    precision = np.zeros((N + 1, N + 1))
+    precision[0, 0] = 1
+    precision += to_difference.T @ to_difference + to_rows.T @ to_rows
+    covariance = np.linalg.inv(precision)
+    mean = covariance @ (to_rows.T @ np.asarray(X))
+    posterior = guide.get_posterior(svi.get_params(state))
+    np.testing.assert_allclose(posterior.mean, mean, atol=0.1)
+    np.testing.assert_allclose(posterior.covariance_matrix, covariance, atol=0.1)
+    assert covariance[0, 1] > 0.05
+
+
+@pytest.mark.parametrize("size", [1, 4, N])
+@pytest.mark.parametrize("first", [3, N])
+def test_semi_dais_equals_one_initialised_at_that_size(first, size):
+    def guide_for():
+        return AutoSemiDAIS(rows_only, rows_only, subsample_plate="n")
+
+    def rows_only(size):
+        with rows_plate(size) as idx:
+            z = numpyro.sample("z", dist.LogNormal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
+
+    def loss(guide, first):
+        svi = SVI(rows_only, guide, optax.sgd(0.1), Trace_ELBO())
+        state = svi.init(jax.random.key(0), first)
+        return svi.evaluate(state._replace(rng_key=jax.random.key(1)), size)
+
+    guide = guide_for()
+    ours = loss(dynamic_subsample(guide), first)
+    # The log density is scaled in another order.
+    np.testing.assert_allclose(ours, loss(guide_for(), size), rtol=1e-6)
+    assert guide._local_plate == ("n", N, first)
+
+
+def mixture(size, *, marginal=False):
+    p = numpyro.sample("p", dist.Beta(2, 2))
+    with rows_plate(size) as idx:
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        if marginal:
+            components = dist.Normal(jnp.stack([z, z + 3], -1), 1)
+            weights = dist.CategoricalProbs(jnp.stack([1 - p, p]))
+            y = dist.MixtureSameFamily(weights, components)
+        else:
+            y = dist.Normal(z + 3 * numpyro.sample("k", dist.Bernoulli(p)), 1)
+        numpyro.sample("y", y, obs=X[idx])
+
+
+@pytest.mark.parametrize("max_plate_nesting", [1, float("inf")])
+def test_enumerated_mixture_equals_the_marginal_one(max_plate_nesting):
+    """With the rows shared, which NumPyro's TraceEnum_ELBO draws anew for the model."""
+    enumerated = numpyro.contrib.funsor.config_enumerate(mixture)
+    marginal = partial(mixture, marginal=True)
+    pairs = [
+        (enumerated, handlers.block(enumerated, hide=["k"]), max_plate_nesting),
+        (marginal, marginal, None),
+    ]
+    found = []
+    for model, continuous, nesting in pairs:
+        loss = Trace_ELBO() if nesting is None else TraceEnum_ELBO(1, nesting)
+        svi = SVI(model, AutoNormal(continuous), optax.sgd(0.1), loss)
+        with dynamic_subsample():
+            state = svi.init(jax.random.key(0), N)
+            state = state._replace(rng_key=jax.random.key(1))
+            params = svi.optim.get_params(state.optim_state)
+            state = state._replace(
+                optim_state=svi.optim.init(jax.tree.map(jnp.zeros_like, params))
+            )
+            found.append([float(svi.evaluate(state, size)) for size in (N, 3)])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoMultivariateNormal])
+def test_losses_by_site(guide_class):
+    loss = Trace_ELBO(sum_sites=False)
+    guide = dynamic_subsample(guide_class(one_latent))
+    svi = SVI(one_latent, guide, optax.sgd(0.1), loss)
+    state = svi.init(jax.random.key(0), 4)
+    by_site = svi.evaluate(state, 5)
+    svi.loss = Trace_ELBO()
+    np.testing.assert_allclose(sum(by_site.values()), svi.evaluate(state, 5), rtol=1e-5)
+    assert {"mu", "z", "y"} <= by_site.keys()
+
+
+def test_multi_sample_guide():
+    def guide(size):
+        """Several samples of every latent, ahead of the plate."""
+        with numpyro.plate("n", N, subsample_size=4):
+            loc = numpyro.param("loc", jnp.ones(N), event_dim=0)
+            numpyro.sample("z", dist.Normal(loc, 1).expand_by([7]).mask(True))
+
+    def model(size):
+        with rows_plate(size) as idx:
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
+
+    loss = Trace_ELBO(multi_sample_guide=True)
+    guide = dynamic_subsample(guide, model=model)
+    assert moved_rows(guide, "loc", [1, 5, N], model=model, loss=loss) == [1, 5, N]
+
+
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoMultivariateNormal])
+def test_stein_vi(guide_class):
+    guide = dynamic_subsample(guide_class(one_latent))
+    stein = SteinVI(one_latent, guide, numpyro.optim.Adagrad(0.1), RBFKernel(), 2, 2)
+    state = stein.init(jax.random.key(0), 4)
+    for size in (3, N):
+        state, loss = stein.update(state, size)
+        assert jnp.isfinite(loss)
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(stein.get_params(state)))
+
+
+def test_stein_vi_refuses_what_it_refuses():
+    guide = dynamic_subsample(AutoIAFNormal(one_latent))
+    with pytest.raises(AssertionError, match="not compatible with AutoIAFNormal"):
+        SteinVI(one_latent, guide, numpyro.optim.Adagrad(0.1), RBFKernel())
+
+
+def test_mutable_state_and_flax_modules():
+    class Net(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x, train=True):
+            x = flax.linen.BatchNorm(use_running_average=not train)(x)
+            return flax.linen.Dense(1)(x)[..., 0]
+
+    def model(size):
+        net = flax_module("net", Net(), input_shape=(2, 1), mutable=["batch_stats"])
+        dense = flax.linen.Dense(1)
+        other = random_flax_module("bnn", dense, dist.Normal(0, 1), input_shape=(1,))
+        with rows_plate(size) as idx:
+            x = X[idx][:, None]
+            z = numpyro.sample("z", dist.Normal(net(x) + other(x)[..., 0], 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
+
+    svi = SVI(
+        model, dynamic_subsample(AutoNormal(model)), optax.sgd(0.01), Trace_ELBO()
+    )
+    state = svi.init(jax.random.key(0), 4)
+    update = jax.jit(svi.update, static_argnums=1)
+    for size in (3, N):
+        before = state
+        state, loss = update(state, size)
+        assert jnp.isfinite(loss)
+        changed = jax.tree.map(
+            lambda a, b: bool((a != b).any()), before.mutable_state, state.mutable_state
+        )
+        assert any(jax.tree.leaves(changed))
+
+
+def centred(size):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    with rows_plate(size) as idx:
+        z = numpyro.sample("z", dist.Normal(mu, 1))
+        numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
+
+
+AROUND = {
+    "reparam": (partial(handlers.reparam, config={"z": LocScaleReparam(0)}), "z_decentered"),
+    "scale": (partial(handlers.scale, scale=0.5), "z"),
+    "mask": (partial(handlers.mask, mask=True), "z"),
+    "condition": (partial(handlers.condition, data={"mu": jnp.array(0.3)}), "z"),
+    "block": (partial(handlers.block, hide=["mu"]), "z"),
+    "scope": (partial(handlers.scope, prefix="s"), "s/z"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("around", "site"), AROUND.values(), ids=AROUND)
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoDiagonalNormal])
+def test_handlers_around_the_model(around, site, guide_class):
+    model = around(centred)
+    svi = SVI(
+        model, dynamic_subsample(guide_class(model)), optax.sgd(0.1), Trace_ELBO()
+    )
+    state = svi.init(jax.random.key(0), 4)
+    full, batch = (losses(svi, state, size, draws=400) for size in (N, 3))
+    assert_same_mean(full, batch)
+    params = svi.get_params(state)
+    drawn = svi.guide.sample_posterior(jax.random.key(0), params)
+    assert drawn[site].shape == (N,)
+
+
+def test_plate_under_cond():
+    def model(size):
+        with rows_plate(size) as idx:
+            z = numpyro.sample("z", dist.Normal(0, 1))
+
+        def branch(_):
+            with numpyro.plate("inner", 2):
+                numpyro.sample("w", dist.Normal(0, 1), obs=jnp.zeros(2))
+
+        cond(True, branch, branch, None)
+        with handlers.block():
+            pass
+        numpyro.factor("y", -(((z - X[idx]) ** 2).sum()) * N / len(idx))
+
+    guide = dynamic_subsample(AutoNormal(model))
+    assert moved_rows(guide, "z_auto_loc", [1, 5, N], model=model) == [1, 5, N]
+
+
+class Shifted(AutoDiagonalNormal):
+    def _get_posterior(self):
+        base = super()._get_posterior()
+        return dist.Normal(base.loc + 1.0, base.scale)
+
+
+class Counting(AutoNormal):
+    calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+class FromScratch(AutoContinuous):
+    def _get_posterior(self):
+        loc = numpyro.param("loc", self._init_latent)
+        return dist.Delta(loc, event_dim=1)
+
+
+@pytest.mark.parametrize("guide_class", [Shifted, Counting, FromScratch])
+@pytest.mark.parametrize("form", ["wrapper", "context"])
+def test_users_subclasses(guide_class, form):
+    guide = guide_class(one_latent)
+    wrapped = dynamic_subsample(guide) if form == "wrapper" else guide
+    svi = SVI(one_latent, wrapped, optax.sgd(0.1), Trace_ELBO())
+    with dynamic_subsample():
+        state = svi.init(jax.random.key(0), 4)
+        full, batch = (losses(svi, state, size) for size in (N, 3))
+    assert_same_mean(full, batch)
+    if guide_class is Counting:
+        assert guide.calls == 3
+
+
+@pytest.mark.parametrize("values", [X * 10, 3.0], ids=["by row", "one for all"])
+@pytest.mark.parametrize("first", [4, N])
+@pytest.mark.parametrize(
+    "guide_class", [AutoNormal, AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal]
+)
+def test_rows_start_where_the_user_says(guide_class, first, values):
+    """Values for all rows, although the first call is a batch: NumPyro's issue 2063."""
+
+    def positive(size):
+        with rows_plate(size) as idx:
+            z = numpyro.sample("z", dist.LogNormal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
+
+    start = jnp.exp(jnp.broadcast_to(values, (N,)) / 10)
+    init = init_to_value(values={"z": start})
+    guide = dynamic_subsample(guide_class(positive, init_loc_fn=init))
+    svi = SVI(positive, guide, optax.sgd(0.1), Trace_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(0), first))
+    np.testing.assert_allclose(guide.median(params)["z"], start, rtol=1e-5)
+
+
+def test_init_params_of_all_rows():
+    svi = SVI(one_latent, dynamic_subsample(AutoNormal(one_latent)), optax.sgd(0.1), Trace_ELBO())  # fmt: skip
+    state = svi.init(jax.random.key(0), 3, init_params={"z_auto_loc": X})
+    np.testing.assert_array_equal(svi.get_params(state)["z_auto_loc"], X)
+
+
+@pytest.mark.parametrize("whole_list_too", [False, True])
+def test_parts_wrapped_one_by_one_share_rows(whole_list_too):
+    def model(size):
+        with rows_plate(size) as idx:
+            a = numpyro.sample("a", dist.Normal(0, 1))
+            b = numpyro.sample("b", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(a + b, 1), obs=X[idx] + 1)
+
+    guide = AutoGuideList(model)
+    for name, others in (("a", ["b", "y"]), ("b", ["a", "y"])):
+        part = AutoDelta(handlers.block(model, hide=others), prefix=name)
+        guide.append(dynamic_subsample(part))
+    guide = dynamic_subsample(guide) if whole_list_too else guide
+    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    state = svi.init(jax.random.key(0), 4)
+    before = svi.get_params(state)
+    for size in (4, 3, 5):
+        after = svi.get_params(svi.update(state, size)[0])
+        a, b = (np.asarray(after[k] != before[k]) for k in ("a_a_loc", "b_b_loc"))
+        np.testing.assert_array_equal(a, b)
+        assert a.sum() == size
+
+
+def test_first_call_of_a_joint_guide_with_a_sliced_batch():
+    def sliced(batch):
+        with numpyro.plate("n", N, subsample_size=len(batch)):
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=batch)
+
+    inner = AutoDiagonalNormal(sliced)
+    guide = dynamic_subsample(inner)
+    state = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(inner).items()}
+    for size in (1, 3):
+        with handlers.seed(rng_seed=0):
+            with pytest.raises(ValueError, match=r"plate 'n' \(size 8\).*svi.init"):
+                guide(X[:size])
+        assert vars(inner) == state
+    svi = SVI(sliced, guide, optax.sgd(0.1), Trace_ELBO())
+    state = svi.init(jax.random.key(0), X)
+    assert jnp.isfinite(svi.update(state, X[:3])[1])
+
+
+def test_graph_objective_moves_the_batch_only():
+    guide = dynamic_subsample(AutoNormal(one_latent))
+    assert moved_rows(guide, "z_auto_loc", [3], loss=TraceGraph_ELBO()) == [3]

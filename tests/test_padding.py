@@ -1,0 +1,270 @@
+"""Padding itself, and the handler that lets only the valid rows count."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers
+from numpyro.contrib.control_flow import scan
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.util import log_density
+
+from numpyro_dynamic_subsample import pad_minibatch
+from numpyro_dynamic_subsample.padding import valid_rows
+
+
+class Batch(NamedTuple):
+    x: object
+    rest: dict
+
+
+def test_tree_is_padded_with_its_last_row():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = np.arange(6.0).reshape(3, 2)
+    batch = Batch(x, {"rows": jnp.array([4, 1, 7]), "none": None, "keys": keys})
+    padded, count = pad_minibatch(batch, capacity=5)
+    assert count == 3
+    assert isinstance(padded, Batch)
+    assert type(padded.x) is np.ndarray
+    assert padded.x.dtype == x.dtype
+    np.testing.assert_array_equal(padded.x[:3], x)
+    np.testing.assert_array_equal(padded.x[3:], x[[2, 2]])
+    assert isinstance(padded.rest["rows"], jax.Array)
+    np.testing.assert_array_equal(padded.rest["rows"], [4, 1, 7, 7, 7])
+    assert padded.rest["none"] is None
+    assert (padded.rest["keys"][3:] == keys[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "capacity"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16)]
+)
+def test_default_capacity(count, capacity):
+    padded, valid = pad_minibatch(np.zeros((count, 2)))
+    assert padded.shape == (capacity, 2)
+    assert valid == count
+
+
+def test_padding_inside_of_jit():
+    padded = jax.jit(lambda x: pad_minibatch(x, 4)[0])(jnp.array([1, 2, 3]))
+    np.testing.assert_array_equal(padded, [1, 2, 3, 3])
+
+
+def test_padding_jax_arrays_compiles_nothing_for_a_new_size():
+    batches = [jnp.asarray(np.zeros(size)) for size in range(21, 31)]
+    pad_minibatch(batches.pop(), capacity=37)
+    compiled = []
+
+    def listen(event, *_, **__):
+        if "compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for x in batches:
+            pad_minibatch(x, capacity=37)
+        assert compiled == []
+        batches[0][np.arange(39) % 3].block_until_ready()
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+X = np.zeros(3)
+BATCHES = {
+    "no arrays": ({}, None, "no row to repeat"),
+    "no rows": ((X[:0], X[:0]), None, r"no row to repeat.*'batch\[0\]': 0"),
+    "unequal": (
+        {"x": X, "y": np.zeros(4)},
+        None,
+        r"'batch\['x'\]': 3.*'batch\['y'\]': 4|\[.x.\].*3.*\[.y.\].*4",
+    ),
+    "scalar": ((X, 2), None, r"batch\[1\] is 2, which has no leading axis"),
+    "array scalar": ((X, np.array(2)), None, r"batch\[1\] is array\(2\)"),
+    "list": ([1, 2], None, r"batch\[0\] is 1"),
+    "too small": (X, 2, "has 3 rows, more than the capacity of 2"),
+}
+
+
+@pytest.mark.parametrize(
+    ("batch", "capacity", "message"), BATCHES.values(), ids=BATCHES
+)
+def test_batches_that_cannot_be_padded(batch, capacity, message):
+    with pytest.raises(ValueError, match=message):
+        pad_minibatch(batch, capacity)
+
+
+N = 8
+Y = jnp.asarray(np.random.default_rng(0).normal(size=(N, 3)))
+
+
+def model(y, size=N, subsample_size=None, name="n"):
+    with numpyro.plate(name, size, subsample_size=subsample_size, dim=-2):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        with numpyro.plate("m", y.shape[1]):
+            numpyro.sample("y", dist.Normal(z, 2), obs=y)
+
+
+def density(y, counts=None, **kwargs):
+    with valid_rows(counts or {}):
+        z = {"z": jnp.linspace(-1, 1, y.shape[0])[:, None]}
+        return log_density(model, (y,), kwargs, z)[0]
+
+
+def unpadded(n, m, size=N, subsample_size=None):
+    z = jnp.linspace(-1, 1, N)[:n, None]
+    prior = dist.Normal(0, 1).log_prob(z).sum()
+    likelihood = dist.Normal(z, 2).log_prob(Y[:n, :m]).sum()
+    return (size / n if subsample_size else 1.0) * (prior + likelihood)
+
+
+@pytest.mark.parametrize("subsample_size", [None, N])
+@pytest.mark.parametrize("jit", [False, True])
+def test_density_of_nested_plates(subsample_size, jit):
+    """A plate that takes all rows has a scale only if it was asked for a subsample."""
+
+    def padded(counts):
+        y = Y.at[5:].set(jnp.nan).at[:, 2:].set(jnp.nan)
+        return density(y, counts, subsample_size=subsample_size)
+
+    value = (jax.jit(padded) if jit else padded)({"n": 5, "m": 2})
+    np.testing.assert_allclose(value, unpadded(5, 2, N, subsample_size), rtol=1e-6)
+
+
+def test_plates_that_are_not_named_are_untouched():
+    value = density(Y, {"m": np.int32(2)})
+    np.testing.assert_allclose(value, unpadded(N, 2), rtol=1e-6)
+    assert (
+        density(Y)
+        == log_density(model, (Y,), {}, {"z": jnp.linspace(-1, 1, N)[:, None]})[0]
+    )
+
+
+def test_scale_keeps_the_type_of_the_log_density():
+    def scale(n):
+        with valid_rows({"n": n}), handlers.seed(rng_seed=0), handlers.trace() as trace:
+            with numpyro.plate("n", 16, subsample_size=N):
+                numpyro.sample("z", dist.Normal(jnp.float16(0), jnp.float16(1)))
+        site = trace["z"]
+        return site["scale"] * site["fn"].log_prob(site["value"].astype("float16"))
+
+    assert jax.jit(scale)(np.int32(3)).dtype == "float16"
+    assert scale(3).dtype == "float16"
+
+
+def test_masks_of_the_model_still_hold():
+    given = jnp.arange(N) % 2 == 0
+
+    def masked():
+        with numpyro.plate("n", N):
+            numpyro.sample("y", dist.Normal(0, 1).mask(given), obs=Y[:, 0])
+
+    with valid_rows({"n": 5}):
+        value = log_density(masked, (), {}, {})[0]
+    expected = dist.Normal(0, 1).log_prob(Y[jnp.array([0, 2, 4]), 0]).sum()
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_events_factors_and_observations_without_an_axis():
+    def several(x, size):
+        with numpyro.plate("n", size):
+            numpyro.sample("x", dist.Normal(0, 1).expand([3]).to_event(1), obs=x)
+            numpyro.factor("f", x.sum(1))
+            numpyro.sample("one", dist.Normal(0, 1), obs=0.5)
+
+    with valid_rows({"n": 5}):
+        value = log_density(several, (Y.at[5:].set(jnp.nan), N), {}, {})[0]
+    expected = log_density(several, (Y[:5], 5), {}, {})[0]
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("padding", [np.nan, 0.0, -1.0])
+def test_gradient_of_observations_outside_of_their_support(padding):
+    """Also where the observed value goes on into the model."""
+
+    def grad(y, size):
+        def loss(shape):
+            def positive():
+                with numpyro.plate("n", size):
+                    first = numpyro.sample("a", dist.Gamma(shape, 1.0), obs=y)
+                    numpyro.sample("b", dist.Gamma(shape * jnp.log(first) ** 2), obs=y)
+
+            return log_density(positive, (), {}, {})[0]
+
+        return jax.grad(loss)(1.5)
+
+    y = jnp.exp(Y[:, 0])
+    with valid_rows({"n": 5}):
+        value = grad(y.at[5:].set(padding), N)
+    np.testing.assert_allclose(value, grad(y[:5], 5), rtol=1e-5)
+
+
+def test_scan():
+    """Plates that are made outside of a scan and entered inside."""
+
+    def series(y, size):
+        plate = numpyro.plate("n", size)
+
+        def step(loc, y):
+            with plate:
+                numpyro.sample("y", dist.Normal(loc, 1), obs=y)
+            return loc + 1, None
+
+        scan(step, 0.0, y)
+
+    with valid_rows({"n": 5}):
+        value = log_density(series, (Y.T.at[:, 5:].set(jnp.nan), N), {}, {})[0]
+    expected = log_density(series, (Y.T[:, :5], 5), {}, {})[0]
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def made_in_scan():
+    def step(carry, y):
+        with numpyro.plate("n", N):
+            numpyro.sample("y", dist.Normal(0, 1), obs=y)
+        return carry, None
+
+    scan(step, 0.0, Y.T)
+
+
+def flat():
+    with numpyro.plate("n", N):
+        numpyro.sample("z", dist.Normal(0, 1))
+
+
+COUNTS = {
+    "zero": ({"n": 0}, r"plate 'n' is 0, but must be between 1 and 8.*Skip"),
+    "negative": ({"n": np.int32(-1)}, "is -1"),
+    "above": ({"n": jnp.array(9)}, r"is 9, .*larger capacity"),
+    "float": ({"n": 3.0}, r"plate 'n' must be an integer scalar.*type float"),
+    "bool": ({"n": True}, "integer scalar.*type bool"),
+    "vector": ({"n": np.array([3])}, r"integer scalar.*shape \(1,\)"),
+    "unknown": ({"n": 3, "k": 3}, r"names a plate 'k'.*does not have.*\['n'\]"),
+}
+
+
+@pytest.mark.parametrize(("counts", "message"), COUNTS.values(), ids=COUNTS)
+def test_counts_that_are_refused(counts, message):
+    with pytest.raises(ValueError, match=message), valid_rows(counts):
+        handlers.seed(flat, 0)()
+
+
+def test_plate_that_cannot_be_seen():
+    with pytest.raises(ValueError, match="'n' .8 rows. is made where.*body of a scan"):
+        with valid_rows({"n": 3}), handlers.seed(rng_seed=0):
+            made_in_scan()
+
+
+@pytest.mark.parametrize("inside", ["model", "guide"])
+def test_site_outside_of_the_plate_on_one_side(inside):
+    def outside():
+        numpyro.plate("n", N)
+        numpyro.sample("z", dist.Normal(0, 1).expand([N]))
+
+    pair = (flat, outside) if inside == "model" else (outside, flat)
+    message = rf"'z' stands in plate 'n' .*count 3.* in the {inside}, but outside"
+    with pytest.raises(ValueError, match=message), valid_rows({"n": 3}):
+        Trace_ELBO().loss(jax.random.key(0), {}, *pair)
