@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jax.core import Tracer
-from numpyro.handlers import replay
+from numpyro.handlers import replay, trace
 from numpyro.primitives import _PYRO_STACK, CondIndepStackFrame, Messenger
 
 from .alignment import keeps_rows_in_order
@@ -159,10 +159,27 @@ class GuideCall(Messenger):
             msg["value"] = self._preset[name] = jnp.arange(size)
         else:
             msg["value"] = None
+        if msg["value"] is None:
+            msg["value"] = self._rows_of_other_part(name, plate.requested)
         takes_all = plate.asked is None and plate.requested == size
         msg["args"] = (size, None if takes_all else plate.requested)
         if msg["value"] is None:
             msg["fn"] = self._drawing(name, msg["fn"])
+
+    def _rows_of_other_part(self, name: str, count: int) -> Any:
+        """Return the rows that another guide of the same run took, if one did.
+
+        So the parts of an ``AutoGuideList`` that are served one by one share theirs.
+        """
+        outside = _PYRO_STACK[: _PYRO_STACK.index(self)]
+        for handler in reversed(outside):
+            if isinstance(handler, trace):
+                site = handler.trace.get(name)
+                if site is not None and jnp.shape(site["value"]) == (count,):
+                    self._drawn.add(name)
+                    return site["value"]
+                break
+        return None
 
     def _drawing(self, name: str, draw: Callable) -> Callable:
         def drawn(size: int, subsample_size: int, rng_key: Any = None) -> jax.Array:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -79,16 +79,20 @@ class _EnoughPlatesError(Exception):
 class _PlateWatcher(Messenger):
     """Sees one plate message before all other handlers do, and spares it the draw."""
 
+    drawn: ClassVar[bool]
+
     def process_message(self, msg: dict[str, Any]) -> None:
         self.message = msg
         self.preset = msg["value"]
-        self.drawn = False
-        # Any rows will do while the plates are read, and a true draw would shuffle
-        # the whole plate.
-        msg["fn"] = self._draw
+        _PlateWatcher.drawn = False
+        msg["fn"] = self.draw
 
-    def _draw(self, size: int, subsample_size: int, rng_key: Any = None) -> jax.Array:
-        self.drawn = True
+    @staticmethod
+    def draw(size: int, subsample_size: int, rng_key: Any = None) -> jax.Array:
+        # Any rows will do while the plates are read, and a true draw would shuffle
+        # the whole plate. (One function for all messages: the branches of a ``cond``
+        # must not differ in it.)
+        _PlateWatcher.drawn = True
         return jnp.arange(subsample_size)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
@@ -170,7 +174,7 @@ def check_subsample_size(name: str, size: int, subsample_size: int) -> None:
     else:
         remedy = (
             "Make size the number of rows of the whole data set and subsample_size "
-            "that of the batch."
+            "that of the batch, padding included."
         )
     raise ValueError(
         f"The model asks plate '{name}' (size {size}) for a subsample of "

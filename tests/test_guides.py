@@ -13,6 +13,7 @@ import pytest
 from numpyro import handlers
 from numpyro.contrib.control_flow import cond
 from numpyro.contrib.einstein import RBFKernel, SteinVI
+from numpyro.contrib.funsor import config_enumerate
 from numpyro.contrib.module import flax_module, random_flax_module
 from numpyro.infer import (
     SVI,
@@ -121,7 +122,7 @@ def mixture(size, *, marginal=False):
 @pytest.mark.parametrize("max_plate_nesting", [1, float("inf")])
 def test_enumerated_mixture_equals_the_marginal_one(max_plate_nesting):
     """With the rows shared, which NumPyro's TraceEnum_ELBO draws anew for the model."""
-    enumerated = numpyro.contrib.funsor.config_enumerate(mixture)
+    enumerated = config_enumerate(mixture)
     marginal = partial(mixture, marginal=True)
     pairs = [
         (enumerated, handlers.block(enumerated, hide=["k"]), max_plate_nesting),
@@ -171,7 +172,7 @@ def test_multi_sample_guide():
     assert moved_rows(guide, "loc", [1, 5, N], model=model, loss=loss) == [1, 5, N]
 
 
-@pytest.mark.parametrize("guide_class", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoDiagonalNormal])
 def test_stein_vi(guide_class):
     guide = dynamic_subsample(guide_class(one_latent))
     stein = SteinVI(one_latent, guide, numpyro.optim.Adagrad(0.1), RBFKernel(), 2, 2)
@@ -227,13 +228,16 @@ def centred(size):
 
 
 AROUND = {
-    "reparam": (partial(handlers.reparam, config={"z": LocScaleReparam(0)}), "z_decentered"),
+    "reparam": (
+        partial(handlers.reparam, config={"z": LocScaleReparam(0)}),
+        "z_decentered",
+    ),
     "scale": (partial(handlers.scale, scale=0.5), "z"),
     "mask": (partial(handlers.mask, mask=True), "z"),
     "condition": (partial(handlers.condition, data={"mu": jnp.array(0.3)}), "z"),
     "block": (partial(handlers.block, hide=["mu"]), "z"),
     "scope": (partial(handlers.scope, prefix="s"), "s/z"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("around", "site"), AROUND.values(), ids=AROUND)
@@ -261,8 +265,6 @@ def test_plate_under_cond():
                 numpyro.sample("w", dist.Normal(0, 1), obs=jnp.zeros(2))
 
         cond(True, branch, branch, None)
-        with handlers.block():
-            pass
         numpyro.factor("y", -(((z - X[idx]) ** 2).sum()) * N / len(idx))
 
     guide = dynamic_subsample(AutoNormal(model))
@@ -325,7 +327,8 @@ def test_rows_start_where_the_user_says(guide_class, first, values):
 
 
 def test_init_params_of_all_rows():
-    svi = SVI(one_latent, dynamic_subsample(AutoNormal(one_latent)), optax.sgd(0.1), Trace_ELBO())  # fmt: skip
+    guide = dynamic_subsample(AutoNormal(one_latent))
+    svi = SVI(one_latent, guide, optax.sgd(0.1), Trace_ELBO())
     state = svi.init(jax.random.key(0), 3, init_params={"z_auto_loc": X})
     np.testing.assert_array_equal(svi.get_params(state)["z_auto_loc"], X)
 

@@ -1,0 +1,170 @@
+"""The posterior after training on batches, in every way that NumPyro asks for it."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro import handlers
+from numpyro.infer import SVI, Predictive, Trace_ELBO
+from numpyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoSemiDAIS,
+)
+
+from models import N, X
+from numpyro_dynamic_subsample import dynamic_subsample
+
+ROWS = jnp.array([5, 2, 6])
+
+
+def pinned(rows):
+    with handlers.substitute(data={"n": rows}):
+        return numpyro.plate("n", N, subsample_size=len(rows))
+
+
+def indexing(rows, data=X):
+    """Gives row i of `doubled` as twice the latent, plus the row's own datum."""
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    with pinned(rows) as idx:
+        z = numpyro.sample("z", dist.LogNormal(mu, 1))
+        numpyro.deterministic("doubled", 2 * z + X[idx])
+        numpyro.sample("y", dist.Normal(z, 1), obs=None if data is None else data[idx])
+
+
+def sliced(rows, data=None):
+    data = X[rows] if data is None else data
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    with pinned(rows):
+        z = numpyro.sample("z", dist.LogNormal(mu, 1))
+        numpyro.deterministic("doubled", 2 * z + data)
+        numpyro.sample("y", dist.Normal(z, 1), obs=data)
+
+
+def trained(guide, model, first, form="wrapper"):
+    if form == "wrapper":
+        guide = dynamic_subsample(guide)
+    svi = SVI(model, guide, optax.sgd(1e-3), Trace_ELBO())
+    with dynamic_subsample():
+        state, _ = svi.update(svi.init(jax.random.key(0), first), ROWS)
+    return guide, svi.get_params(state)
+
+
+MEAN_FIELD = [AutoNormal, AutoDelta]
+JOINT = [AutoDiagonalNormal, AutoMultivariateNormal, AutoLaplaceApproximation]
+
+
+def every_answer(guide, params):
+    key = jax.random.key(1)
+    yield guide.sample_posterior(key, params), ()
+    yield guide.sample_posterior(key, params, sample_shape=(3,)), (3,)
+    yield guide.median(params), ()
+    if not isinstance(guide, AutoDelta):
+        yield guide.quantiles(params, [0.1, 0.5, 0.9]), (3,)
+
+
+@pytest.mark.parametrize("form", ["wrapper", "context"])
+@pytest.mark.parametrize("first", [ROWS, jnp.arange(N)], ids=["batch", "all"])
+@pytest.mark.parametrize("guide_class", MEAN_FIELD + JOINT)
+def test_answers_are_for_all_rows(guide_class, first, form):
+    """Deterministic sites too, where the model indexes its data."""
+    guide, params = trained(guide_class(indexing), indexing, first, form)
+    with dynamic_subsample(), warnings.catch_warnings():
+        if guide_class is AutoDelta:  # runs the model without any arguments
+            warnings.filterwarnings("ignore", "Left out the deterministic")
+        for answer, shape in every_answer(guide, params):
+            assert answer["z"].shape == (*shape, N)
+            assert answer["mu"].shape == shape
+            if guide_class is not AutoDelta:
+                np.testing.assert_allclose(
+                    answer["doubled"], 2 * answer["z"] + X, rtol=1e-5
+                )
+
+
+@pytest.mark.parametrize("first", [ROWS, ROWS[:1]], ids=["three", "one"])
+def test_deterministic_site_that_cannot_be_computed(first):
+    """One row would broadcast to all; its datum is not theirs."""
+    guide, params = trained(AutoNormal(sliced), sliced, first)
+    for ask in (guide.median, lambda p: guide.sample_posterior(jax.random.key(0), p)):
+        with pytest.warns(
+            UserWarning, match=r"\['doubled'\].*Pass the model's"
+        ) as said:
+            answer = ask(params)
+        assert len(said) == 1
+        assert answer["z"].shape == (N,)
+        assert "doubled" not in answer
+
+
+@pytest.mark.parametrize("model", [indexing, sliced])
+@pytest.mark.parametrize("guide_class", [*MEAN_FIELD, AutoMultivariateNormal])
+@pytest.mark.parametrize("sample_shape", [(), (2,)])
+def test_given_arguments_decide(guide_class, model, sample_shape):
+    first = jnp.arange(N) if guide_class is AutoMultivariateNormal else ROWS
+    guide, params = trained(guide_class(model), model, first)
+    rows = jnp.array([7, 0])
+    drawn = guide.sample_posterior(
+        jax.random.key(1), params, rows, sample_shape=sample_shape
+    )
+    assert drawn["z"].shape == (*sample_shape, N)
+    expected = 2 * drawn["z"][..., rows] + X[rows]
+    np.testing.assert_allclose(drawn["doubled"], expected, rtol=1e-5)
+
+
+def test_parts_of_a_list_answer_for_all_rows():
+    guide = AutoGuideList(sliced)
+    for name, others in (("mu", ["z"]), ("z", ["mu"])):
+        part = handlers.block(sliced, hide=[*others, "y", "doubled"])
+        guide.append(AutoNormal(part, prefix=name))
+    guide, params = trained(guide, sliced, ROWS)
+    for answer, shape in every_answer(guide, params):
+        assert answer["z"].shape == (*shape, N)
+
+
+def test_semi_dais_answers_for_the_rows_asked_for():
+    def local(rows):
+        with pinned(rows) as idx:
+            z = numpyro.sample("z", dist.LogNormal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
+
+    guide = AutoSemiDAIS(local, local, subsample_plate="n")
+    guide, params = trained(guide, local, jnp.arange(4))
+    for rows in (ROWS[:1], ROWS, jnp.arange(N)):
+        drawn = guide.sample_posterior(
+            jax.random.key(0), params, rows, sample_shape=(2,)
+        )
+        assert drawn["z"].shape == (2, len(rows))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(
+    "rows", [ROWS, jnp.arange(N), ROWS[:1]], ids=["batch", "all", "one"]
+)
+@pytest.mark.parametrize("how", ["guide", "model and guide", "samples"])
+def test_predictive_has_the_right_rows(how, rows, parallel):
+    guide, params = trained(AutoDelta(indexing), indexing, jnp.arange(4))
+    params = {**params, "z_auto_loc": 1.0 + jnp.arange(N)}
+    options = {"params": params, "parallel": parallel}
+    key = jax.random.key(0)
+    if how == "guide":
+        drawn = Predictive(guide, num_samples=2, **options)(key, rows)["z"]
+        np.testing.assert_array_equal(drawn, jnp.broadcast_to(1 + rows, drawn.shape))
+        return
+    if how == "model and guide":
+        predictive = Predictive(indexing, guide=guide, num_samples=2, **options)
+    else:
+        samples = Predictive(guide, num_samples=2, **options)(key, jnp.arange(N))
+        samples = {name: samples[name] for name in ("mu", "z")}
+        predictive = Predictive(indexing, samples, **options)
+    with dynamic_subsample():
+        doubled = predictive(key, rows, None)["doubled"]
+    expected = jnp.broadcast_to(2 * (1 + rows) + X[rows], (2, len(rows)))
+    np.testing.assert_allclose(doubled, expected, rtol=1e-5)
