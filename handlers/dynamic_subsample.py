@@ -6,9 +6,11 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+from numpyro.handlers import replay
 from numpyro.infer.autoguide import AutoGuide
+from numpyro.primitives import _PYRO_STACK
 
-from .guide_call import GuideCall, rows_of_replayed_guide
+from .guide_call import GuideCall, check_same_rows, rows_of_replayed_guide
 from .guides import call_autoguide, model_of
 from .posterior import QUESTIONS, LatentsOfAllRows, ask_autoguide
 
@@ -40,7 +42,14 @@ class dynamic_subsample(LatentsOfAllRows):
         if a plate of the guide is missing in the model or has another full size or
         dim there, if a subsample is smaller than 1 or larger than its plate, if
         pinned rows are not indices into the plate, or if a user's ``create_plates``
-        disagrees with the model.
+        disagrees with the model. As a context, if the model that runs against a guide
+        asks a plate for another number of rows than the guide took, or pins others.
+
+    Warns
+    -----
+    MisalignedSubsampleWarning
+        Once per guide and plate, if local latents follow rows that the plate draws,
+        and the data do not.
 
     Notes
     -----
@@ -85,7 +94,10 @@ class dynamic_subsample(LatentsOfAllRows):
                 return self.fn(*args, **kwargs)
             model = self._model or model_of(self.fn)
             assert model is not None
-            with GuideCall(model, args, kwargs):
+            context = any(
+                type(h) is dynamic_subsample and h.fn is None for h in _PYRO_STACK
+            )
+            with GuideCall(model, args, kwargs, self.fn, context=context):
                 return self.fn(*args, **kwargs)
 
     def __enter__(self) -> dynamic_subsample:
@@ -104,7 +116,9 @@ class dynamic_subsample(LatentsOfAllRows):
         if msg["type"] == "plate":
             # ``replay`` does so too, but for the trace of ``TraceEnum_ELBO``, which
             # has no plates.
-            msg["value"] = rows.get(msg["name"], msg["value"])
+            if msg["name"] in rows:
+                check_same_rows(msg, rows[msg["name"]])
+                msg["value"] = rows[msg["name"]].rows
         elif not rows:
             # A guide that the model runs against has taken its rows by itself.
             super().process_message(msg)
@@ -169,6 +183,7 @@ class _AutoguideCalls:
     """
 
     _depth = 0
+    _replay: ClassVar[Callable]
     _as_they_were: ClassVar[dict[tuple[type, str], Callable]] = {}
 
     @classmethod
@@ -178,12 +193,15 @@ class _AutoguideCalls:
             AutoGuide.__init_subclass__ = classmethod(cls._route)  # ty: ignore[invalid-assignment]
             for guide_class in _subclasses(AutoGuide):
                 cls._route(guide_class)
+            cls._replay = replay.process_message
+            replay.process_message = _noting_pins(cls._replay)  # ty: ignore[invalid-assignment]
 
     @classmethod
     def exit(cls) -> None:
         cls._depth -= 1
         if cls._depth == 0:
             del AutoGuide.__init_subclass__
+            replay.process_message = cls._replay  # ty: ignore[invalid-assignment]
             while cls._as_they_were:
                 (guide_class, name), run = cls._as_they_were.popitem()
                 setattr(guide_class, name, run)
@@ -200,11 +218,26 @@ class _AutoguideCalls:
 def _routed(name: str, run: Callable) -> Callable:
     @functools.wraps(run)
     def method(guide: AutoGuide, *args: Any, **kwargs: Any) -> Any:
+        if name == "__call__" and GuideCall.current() is None:
+            with GuideCall(guide.model, args, kwargs, guide):
+                return call_autoguide(guide, run, args, kwargs)
         if name == "__call__":
             return call_autoguide(guide, run, args, kwargs)
         return ask_autoguide(guide, name, run, args, kwargs)
 
     return method
+
+
+def _noting_pins(process: Callable) -> Callable:
+    """Keep what a model pins inside, before ``replay`` puts the guide's rows there."""
+
+    @functools.wraps(process)
+    def process_message(handler: replay, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate":
+            msg.setdefault("pinned_inside", msg["value"])
+        process(handler, msg)
+
+    return process_message
 
 
 def _subclasses(guide_class: type) -> Iterator[type]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,32 @@ from jax.core import Tracer
 from numpyro.handlers import replay, trace
 from numpyro.primitives import _PYRO_STACK, CondIndepStackFrame, Messenger
 
-from .alignment import keeps_rows_in_order
-from .plates import ModelPlate, check_subsample_size, read_plates, take_rows
+from .alignment import Drawn, check_drawn_rows, drawn_apart, keeps_rows_in_order
+from .plates import (
+    ModelPlate,
+    at_full_size,
+    check_subsample_size,
+    read_plates,
+    take_rows,
+)
+
+
+class GuideRows(NamedTuple):
+    """The rows that a plate took in a guide.
+
+    Attributes
+    ----------
+    rows : jax.Array
+        The indices, shape ``(subsample_size,)``.
+    drawn : bool
+        Whether the plate drew them.
+    around : bool
+        Whether a handler around the call of the guide pinned them.
+    """
+
+    rows: jax.Array
+    drawn: bool
+    around: bool
 
 
 class GuideCall(Messenger):
@@ -27,11 +51,25 @@ class GuideCall(Messenger):
         The model whose plates the guide is to follow.
     args, kwargs : tuple, dict
         What model and guide are called with.
+    guide : callable, optional
+        The guide, if its latents are to be checked against the model's data.
+    context : bool
+        Whether the model is going to be given the rows of this call.
     """
 
-    def __init__(self, model: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        guide: Callable | None = None,
+        *,
+        context: bool = True,
+    ) -> None:
         super().__init__()
         self._run = (model, args, kwargs)
+        self._guide = guide
+        self._context = context
         self._plates: dict[str, ModelPlate] = {}
         self._expected: set[str] = set()
         self._by_user = False
@@ -39,13 +77,41 @@ class GuideCall(Messenger):
         # plate, all in order (as preset), or pinned by somebody.
         self._rows: dict[str, jax.Array] = {}
         self._preset: dict[str, Any] = {}
+        # Known to be indices of the plate, and those that it has drawn.
         self._drawn: set[str] = set()
+        self._drawn_by_plate: set[str] = set()
         self._shuffled: set[str] = set()
+        self._given: dict[str, Any] = {}
+        self._taken: dict[str, GuideRows] = {}
+        self._latents: dict[str, list[str]] = {}
         self._serving: list[Any] = []
 
     def __enter__(self) -> GuideCall:
         super().__enter__()
         return self
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        try:
+            if exc_type is None and self._guide is not None:
+                self._check_drawn_rows(self._guide)
+        finally:
+            super().__exit__(exc_type, exc_value, traceback)
+
+    def _check_drawn_rows(self, guide: Callable) -> None:
+        with self.outside():
+            for name, latents in self._latents.items():
+                taken = self._taken.get(name)
+                size = self._plates[name].size
+                if taken is None or not taken.drawn or len(taken.rows) == size:
+                    continue
+                plate = Drawn(name, size, taken.rows, latents)
+                apart = drawn_apart(self._context)
+                check_drawn_rows(guide, *self._run, plate, self._again, apart)
+
+    def _again(self) -> GuideCall:
+        again = GuideCall(*self._run)
+        again._plates = self._plates
+        return again
 
     @staticmethod
     def current() -> GuideCall | None:
@@ -123,7 +189,9 @@ class GuideCall(Messenger):
         elif msg["type"] == "sample":
             for frame in msg["cond_indep_stack"]:
                 self._check_dim(frame)
-            msg["plate_rows"] = self._rows
+                if not msg["is_observed"] and not msg["infer"].get("is_auxiliary"):
+                    self._latents.setdefault(frame.name, []).append(msg["name"])
+            msg["plate_rows"] = self._taken
 
     def _follow_model(self, msg: dict[str, Any]) -> None:
         name = msg["name"]
@@ -163,8 +231,10 @@ class GuideCall(Messenger):
             msg["value"] = self._rows_of_other_part(name, plate.requested)
         takes_all = plate.asked is None and plate.requested == size
         msg["args"] = (size, None if takes_all else plate.requested)
+        self._given.setdefault(name, msg["value"])
         if msg["value"] is None:
-            msg["fn"] = self._drawing(name, msg["fn"])
+            msg["fn"] = self._drawing(msg, msg["fn"])
+        msg["drawn"] = name in self._drawn_by_plate
 
     def _rows_of_other_part(self, name: str, count: int) -> Any:
         """Return the rows that another guide of the same run took, if one did.
@@ -177,13 +247,20 @@ class GuideCall(Messenger):
                 site = handler.trace.get(name)
                 if site is not None and jnp.shape(site["value"]) == (count,):
                     self._drawn.add(name)
+                    if site.get("drawn"):
+                        self._drawn_by_plate.add(name)
                     return site["value"]
                 break
         return None
 
-    def _drawing(self, name: str, draw: Callable) -> Callable:
+    def _drawing(self, msg: dict[str, Any], draw: Callable) -> Callable:
+        name = msg["name"]
+
         def drawn(size: int, subsample_size: int, rng_key: Any = None) -> jax.Array:
             self._drawn.add(name)
+            self._drawn_by_plate.add(name)
+            # Before any trace around the call copies the message.
+            msg["drawn"] = True
             # A seed handler entered inside the guide saw a full plate that needs no
             # key; any other has given one by now.
             key = numpyro.prng_key() if rng_key is None else rng_key
@@ -219,6 +296,10 @@ class GuideCall(Messenger):
                     if not in_order:
                         self._shuffled.add(name)
             self._rows[name] = rows
+            settled = at_full_size()
+            drawn = name in self._drawn_by_plate and not settled
+            around = settled or not (drawn or rows is self._given[name])
+            self._taken[name] = GuideRows(rows, drawn, around)
         # Where a handler around the call pins another number of rows than the model
         # asks for, it is the model's own plate that NumPyro warns of.
         msg["args"] = (size, rows.shape[0])
@@ -236,7 +317,7 @@ class GuideCall(Messenger):
                 )
 
 
-def rows_of_replayed_guide() -> dict[str, jax.Array]:
+def rows_of_replayed_guide() -> dict[str, GuideRows]:
     """Return the rows, by plate, of the guide that a model is run against just now."""
     for handler in reversed(_PYRO_STACK):
         if isinstance(handler, replay):
@@ -244,6 +325,54 @@ def rows_of_replayed_guide() -> dict[str, jax.Array]:
                 if "plate_rows" in site:
                     return site["plate_rows"]
     return {}
+
+
+def check_same_rows(msg: dict[str, Any], guide: GuideRows) -> None:
+    """Refuse a plate of the model that wants other rows than its guide took.
+
+    Parameters
+    ----------
+    msg : dict
+        The plate's message. Its "pinned_inside" is what a handler inside of the model
+        pins, or all rows, or None.
+    guide : GuideRows
+        What the plate took in the guide.
+    """
+    if guide.around:
+        # So are the model's.
+        return
+    name, (size, asked) = msg["name"], msg["args"]
+    asked = size if asked is None else asked
+    rows = guide.rows
+    remedy = (
+        "Name the model that the guide is to follow, dynamic_subsample(guide, "
+        "model=model), or pin the rows once, around guide and model alike."
+    )
+    if asked != rows.shape[0]:
+        raise ValueError(
+            f"The model asks plate '{name}' (size {size}) for {asked} rows, but the "
+            f"guide that it runs against took {rows.shape[0]}. {remedy}"
+        )
+    pinned = msg.get("pinned_inside")
+    if pinned is None or pinned is rows:
+        return
+    concrete = not isinstance(pinned, Tracer) and not isinstance(rows, Tracer)
+    if concrete:
+        differ = not np.array_equal(pinned, rows)
+    else:
+        differ = guide.drawn and asked < size
+    if differ:
+        raise ValueError(
+            f"The model pins rows {_shortened(pinned)} of plate '{name}' (size "
+            f"{size}), but the guide that it runs against took {_shortened(rows)}. "
+            f"{remedy}"
+        )
+
+
+def _shortened(rows: Any) -> str:
+    if isinstance(rows, Tracer):
+        return "that are arguments of the compiled step"
+    return np.array2string(np.asarray(rows), threshold=8, edgeitems=3)
 
 
 def check_rows(name: str, size: int, rows: Any) -> None:

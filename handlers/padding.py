@@ -104,7 +104,8 @@ class valid_rows(Messenger):
     those of a batch that holds nothing else. Enter it around the whole step, outside
     of all plates. Counts that change from step to step must be arguments of the
     compiled function, so enter it inside of that; entered around, they are constants
-    of the compiled program. ``SubsampleSVI`` does all this.
+    of the compiled program, and its second call is an error. ``SubsampleSVI`` does all
+    this.
 
     Parameters
     ----------
@@ -158,8 +159,16 @@ class valid_rows(Messenger):
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
-        if exc_type is None:
-            check_names("valid", self.counts, self._subsamples)
+        if exc_type is not None:
+            return
+        if self.counts and not self._subsamples:
+            raise ValueError(
+                f"No plate was made while valid_rows({sorted(self.counts)}) was "
+                "active. A function that was compiled before keeps the counts that it "
+                "was compiled with: enter valid_rows inside of it, and make the counts "
+                "its arguments."
+            )
+        check_names("valid", self.counts, self._subsamples)
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate":

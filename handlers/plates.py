@@ -259,6 +259,11 @@ class _AllRows(Messenger):
         msg["args"] = (msg["args"][0], None)
 
 
+def at_full_size() -> bool:
+    """Tell whether the plate that is being made is going to take all its rows."""
+    return any(isinstance(handler, _AllRows) for handler in _PYRO_STACK)
+
+
 class _WholeData(Messenger):
     """Refuses observed sites whose data do not cover the plates they are in."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from numpyro.handlers import substitute
-from numpyro.infer import SVI, RenyiELBO
+from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
 from numpyro.infer.svi import SVIState
 
-from .alignment import keeps_rows_in_order
+from .alignment import ScoreFunctionWatcher, keeps_rows_in_order
 from .dynamic_subsample import dynamic_subsample
-from .guide_call import check_rows
+from .guide_call import GuideCall, check_rows
 from .padding import check_names, valid_rows
 from .plates import ModelPlate, read_plates
 
@@ -59,6 +59,15 @@ class SubsampleSVI(SVI):
         ``local_guide``, to a guide whose sites stand outside of the plate, or where
         ``TraceEnum_ELBO`` needs a concrete scale (see ``valid_rows``). Values are
         checked where they are concrete.
+
+    Warns
+    -----
+    MisalignedSubsampleWarning
+        As ``dynamic_subsample`` does.
+    UserWarning
+        Once per site, if a latent without reparameterised sampler stands in a
+        subsampled plate of the guide and the loss is ``TraceGraph_ELBO``, which
+        applies the plate's scale twice to its gradient.
 
     Notes
     -----
@@ -167,7 +176,8 @@ class SubsampleSVI(SVI):
             for name, rows in pins.items():
                 _check_indices(plates[name], rows)
         data = {name: jnp.asarray(rows) for name, rows in pins.items()}
-        with counts, substitute(data=data), dynamic_subsample():
+        watcher = self._score_function_watcher()
+        with counts, substitute(data=data), watcher, dynamic_subsample():
             for name in valid:
                 rows = data.get(name, plates[name].rows)
                 if rows is not None and len(rows) == plates[name].size:
@@ -175,6 +185,17 @@ class SubsampleSVI(SVI):
             if valid:
                 self._check_counts_can_be_used(valid)
             yield
+
+    def _score_function_watcher(self) -> AbstractContextManager:
+        # A handler cannot tell this objective from the others; here it is known.
+        if not isinstance(self.loss, TraceGraph_ELBO):
+            return nullcontext()
+
+        def full_size(name: str) -> int | None:
+            call = GuideCall.current()
+            return None if call is None else call.model_plate(name).size
+
+        return ScoreFunctionWatcher(self.guide.fn, full_size)
 
     def _check_counts_can_be_used(self, valid: Mapping[str, ArrayLike]) -> None:
         if isinstance(self.loss, RenyiELBO):

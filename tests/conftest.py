@@ -1,14 +1,26 @@
 import os
+import shutil
+import tempfile
 
-# Compiling is what this suite spends its time on. The programs that it compares
-# are compiled alike.
+# Compiling is what this suite spends its time on. The programs that it compares are
+# compiled alike, and often to the same; processes share what they compile.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+CACHE = tempfile.mkdtemp() if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None
+if CACHE is not None:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import numpyro
-import pytest
-from numpyro.infer import autoguide
-from numpyro.infer.autoguide import AutoGuide
-from numpyro.primitives import _PYRO_STACK
+import numpyro  # noqa: E402
+import pytest  # noqa: E402
+from numpyro.infer import autoguide  # noqa: E402
+from numpyro.infer.autoguide import AutoGuide  # noqa: E402
+from numpyro.primitives import _PYRO_STACK  # noqa: E402
+
+
+def pytest_unconfigure():
+    if CACHE is not None:
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def numpyro_state():

@@ -15,6 +15,7 @@ from numpyro.distributions import constraints
 
 N = 8
 X = jnp.asarray(np.random.default_rng(0).normal(size=N))
+GRID = jnp.arange(6.0)[:, None] + X
 
 
 class Case(NamedTuple):
@@ -51,13 +52,13 @@ def crossed_plates(size):
 
 def crossed(size):
     a, b = crossed_plates(size)
-    with a:
+    with a as i:
         za = numpyro.sample("za", dist.Normal(0, 1))
-    with b as idx:
+    with b as j:
         zb = numpyro.sample("zb", dist.Normal(0, 1))
     with a, b:
         zab = numpyro.sample("zab", dist.Normal(za + zb, 1))
-        numpyro.sample("y", dist.Normal(zab, 1), obs=X[idx])
+        numpyro.sample("y", dist.Normal(zab, 1), obs=GRID[i[:, None], j])
 
 
 def nested_plates(size):

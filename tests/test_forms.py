@@ -178,6 +178,7 @@ def test_nested_contexts_do_the_work_once(wrapped, monkeypatch):
 
     guide = initialised(AutoNormal(model))
     guide = dynamic_subsample(guide) if wrapped else guide
+    rows_of(dynamic_subsample(guide), 5)
     runs.clear()
     with dynamic_subsample(), dynamic_subsample() as inner:
         assert len(rows_of(guide, 5)) == 5

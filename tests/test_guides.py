@@ -172,6 +172,7 @@ def test_multi_sample_guide():
     assert moved_rows(guide, "loc", [1, 5, N], model=model, loss=loss) == [1, 5, N]
 
 
+@pytest.mark.filterwarnings("ignore:Found auxiliary vars in the model:UserWarning")
 @pytest.mark.parametrize("guide_class", [AutoNormal, AutoDiagonalNormal])
 def test_stein_vi(guide_class):
     guide = dynamic_subsample(guide_class(one_latent))
@@ -299,10 +300,11 @@ def test_users_subclasses(guide_class, form):
     svi = SVI(one_latent, wrapped, optax.sgd(0.1), Trace_ELBO())
     with dynamic_subsample():
         state = svi.init(jax.random.key(0), 4)
+        guide.calls = 0
         full, batch = (losses(svi, state, size) for size in (N, 3))
     assert_same_mean(full, batch)
     if guide_class is Counting:
-        assert guide.calls == 3
+        assert guide.calls == 2
 
 
 @pytest.mark.parametrize("values", [X * 10, 3.0], ids=["by row", "one for all"])
@@ -372,7 +374,8 @@ def test_first_call_of_a_joint_guide_with_a_sliced_batch():
         assert vars(inner) == state
     svi = SVI(sliced, guide, optax.sgd(0.1), Trace_ELBO())
     state = svi.init(jax.random.key(0), X)
-    assert jnp.isfinite(svi.update(state, X[:3])[1])
+    with handlers.substitute(data={"n": jnp.arange(3)}):
+        assert jnp.isfinite(svi.update(state, X[:3])[1])
 
 
 def test_graph_objective_moves_the_batch_only():

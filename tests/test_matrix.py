@@ -24,7 +24,9 @@ class Inference:
     def __init__(self, guide, kind, form, first):
         model, guide = GUIDES[guide](kind)
         wrap = dynamic_subsample if form == "wrapper" else lambda guide: guide
-        self.context = dynamic_subsample if form == "context" else nullcontext
+        # TraceEnum_ELBO runs the model on rows of its own, unless in a context.
+        context = form == "context" or kind.has_discrete
+        self.context = dynamic_subsample if context else nullcontext
         loss = OBJECTIVES["TraceEnum_ELBO" if kind.has_discrete else "Trace_ELBO"]
         self.svi = SVI(model, wrap(guide), optax.sgd(1.0), loss)
         with self.context():

@@ -39,6 +39,11 @@ ROWS = np.array([5, 0, 3])
 TRUTH = np.arange(float(N)) - 2
 STEP_SIZE = 0.1
 
+# The first call is often made with a batch of rows that nobody names.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::numpyro_dynamic_subsample.MisalignedSubsampleWarning"
+)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def in_64_bit():
@@ -309,6 +314,7 @@ DISCRETE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:TraceGraph_ELBO applies the scale:UserWarning")
 @pytest.mark.parametrize(
     ("loss", "where", "size", "traced"), DISCRETE.values(), ids=DISCRETE
 )

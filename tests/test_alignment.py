@@ -1,0 +1,589 @@
+"""Ways to train latents of some rows on data of others, and what comes of each.
+
+``python tests/test_alignment.py`` prints the table as the README has it.
+"""
+
+import copy
+import gc
+import warnings
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro import handlers
+from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from numpyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoNormal,
+    AutoSemiDAIS,
+)
+
+from numpyro_dynamic_subsample import (
+    MisalignedSubsampleWarning,
+    SubsampleSVI,
+    alignment,
+    dynamic_subsample,
+)
+from numpyro_dynamic_subsample.padding import valid_rows
+
+N, B = 8, 4
+TRUTH = jnp.arange(float(N))
+STEPS = 60
+
+
+class Way(NamedTuple):
+    how: str
+    numpyro: str
+    here: str
+
+
+WRONG = "silently wrong"
+RIGHT = "right"
+
+WAYS = {
+    "no pin": Way(
+        "A batch arrives already sliced, and nobody pins its rows",
+        WRONG,
+        "`MisalignedSubsampleWarning`",
+    ),
+    "list": Way("The parts of an `AutoGuideList` draw rows of their own", WRONG, RIGHT),
+    "pin on one side": Way(
+        "The rows are pinned in `SVI`'s model, but not in the guide's",
+        WRONG,
+        "an error; `MisalignedSubsampleWarning` where only the guide is wrapped",
+    ),
+    "shuffled": Way("A shuffled batch covers the whole plate", WRONG, RIGHT),
+    "wrong name": Way(
+        "The pin names another plate",
+        WRONG,
+        "`MisalignedSubsampleWarning`; an error of `SubsampleSVI`",
+    ),
+    "duplicates": Way("A batch holds rows twice", RIGHT, RIGHT),
+    "stale": Way(
+        "The rows are pinned around a compiled step, which keeps the first batch's",
+        WRONG,
+        "right with `SubsampleSVI`, where they are arguments of the step",
+    ),
+    "enumeration": Way(
+        "`TraceEnum_ELBO` with rows that the plate draws",
+        WRONG,
+        "right in the context and with `SubsampleSVI`; `MisalignedSubsampleWarning` "
+        "where only the guide is wrapped",
+    ),
+    "predictive": Way(
+        "`Predictive(model, guide=guide)` with rows that the plate draws",
+        WRONG,
+        "`MisalignedSubsampleWarning`",
+    ),
+}
+
+
+def markdown():
+    rows = [["What is done", "NumPyro alone", "Here"], ["---"] * 3, *WAYS.values()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+# ------------------------------------------------------------------ models
+
+
+def plate(x, rows):
+    return numpyro.plate("n", N, subsample_size=len(x))
+
+
+def pinned_plate(x, rows):
+    with handlers.substitute(data={"n": rows}):
+        return plate(x, rows)
+
+
+def latent_and_obs(obs, name="z"):
+    z = numpyro.sample(name, dist.Normal(0, 10))
+    numpyro.sample(f"y_{name}", dist.Normal(z, 1), obs=obs)
+    return z
+
+
+def sliced(x, rows):
+    with plate(x, rows):
+        latent_and_obs(x)
+
+
+def sliced_and_pinned(x, rows):
+    with pinned_plate(x, rows):
+        latent_and_obs(x)
+
+
+def indexing(x, rows):
+    with plate(x, rows) as idx:
+        z = latent_and_obs(TRUTH[idx])
+        numpyro.deterministic("gap", z - TRUTH[idx])
+
+
+def two_latents(x, rows):
+    with plate(x, rows) as idx:
+        latent_and_obs(TRUTH[idx], "a")
+        latent_and_obs(TRUTH[idx], "z")
+
+
+# ------------------------------------------------------------------ training
+
+
+def halves(rng):
+    return rng.permutation(N)[:B]
+
+
+def halves_and_all(rng):
+    return rng.permutation(N)[: rng.choice([B, N])]
+
+
+def with_duplicates(rng):
+    return rng.integers(N, size=B)
+
+
+def with_indices(rows):
+    return {"indices": {"n": rows}}
+
+
+def train(
+    svi, draw=halves, around=lambda rows: nullcontext(), keywords=lambda rows: {}
+):
+    """Train in one jitted step, and return the latents' parameters."""
+    rng = np.random.default_rng(0)
+    update = jax.jit(svi.update)
+    state = None
+    for _ in range(STEPS):
+        rows = jnp.asarray(draw(rng))
+        batch = (TRUTH[rows], rows)
+        with around(rows):
+            if state is None:
+                state = svi.init(jax.random.key(0), *batch, **keywords(rows))
+            state, _ = update(state, *batch, **keywords(rows))
+    return svi.get_params(state)
+
+
+def svi_of(model, guide, loss=None, svi_class=SVI):
+    # With these steps half of a latent's error goes each time that it is in a batch.
+    return svi_class(model, guide, optax.sgd(0.25), loss or Trace_ELBO())
+
+
+def error(params, name="z_auto_loc"):
+    return float(jnp.abs(params[name] - TRUTH / 1.01).max())
+
+
+def is_wrong(latents_error):
+    return latents_error > 0.5
+
+
+def is_right(latents_error):
+    return latents_error < 0.1
+
+
+def by_hand(model, make=plate):
+    return AutoDelta(model, create_plates=make)
+
+
+def init(svi, x=TRUTH[:B], rows=None, **keywords):
+    rows = jnp.arange(len(x)) if rows is None else rows
+    return svi.init(jax.random.key(0), x, rows, **keywords)
+
+
+def warned():
+    return pytest.warns(MisalignedSubsampleWarning)
+
+
+# ------------------------------------------------------------------ the ways
+
+
+def test_no_pin():
+    assert is_wrong(error(train(svi_of(sliced, by_hand(sliced)))))
+    with warned():
+        init(svi_of(sliced, dynamic_subsample(AutoDelta(sliced))))
+    with warned(), dynamic_subsample():
+        init(svi_of(sliced, AutoDelta(sliced)))
+    with warned():
+        init(svi_of(sliced, AutoDelta(sliced), svi_class=SubsampleSVI))
+
+
+def two_parts(**options):
+    guide = AutoGuideList(two_latents)
+    a = handlers.block(two_latents, hide=["z", "y_z"])
+    guide.append(AutoDelta(a, prefix="a_auto", **options))
+    z = handlers.block(two_latents, hide=["a", "y_a"])
+    guide.append(AutoDelta(z, prefix="z_auto", **options))
+    return guide
+
+
+def test_list():
+    alone = train(svi_of(two_latents, two_parts(create_plates=plate)))
+    assert is_wrong(error(alone, "a_a_auto_loc"))
+    here = train(svi_of(two_latents, dynamic_subsample(two_parts())))
+    assert is_right(error(here, "a_a_auto_loc"))
+    assert is_right(error(here, "z_z_auto_loc"))
+
+
+def test_pin_on_one_side():
+    assert is_wrong(error(train(svi_of(sliced_and_pinned, by_hand(sliced)))))
+    with warned():
+        init(svi_of(sliced_and_pinned, dynamic_subsample(AutoDelta(sliced))))
+    # The guide's own model is in order, so that only the two together show it.
+    svi = svi_of(sliced_and_pinned, AutoDelta(indexing))
+    pins = r"pins rows \[7 6 5 4\] of plate 'n' \(size 8\), but the guide .* took \["
+    with pytest.raises(ValueError, match=pins), dynamic_subsample():
+        init(svi, rows=jnp.arange(N)[::-1][:B])
+    with pytest.raises(ValueError, match="pins rows .*arguments of the compiled"):
+        with dynamic_subsample():
+            jax.jit(lambda rows: init(svi, rows=rows))(jnp.arange(B))
+    guide = dynamic_subsample(AutoDelta(sliced), model=sliced_and_pinned)
+    assert is_right(error(train(svi_of(sliced_and_pinned, guide))))
+
+
+def test_shuffled():
+    def of(guide):
+        return error(train(svi_of(sliced_and_pinned, guide), halves_and_all))
+
+    assert is_wrong(of(by_hand(sliced_and_pinned, pinned_plate)))
+    assert is_right(of(dynamic_subsample(AutoDelta(sliced_and_pinned))))
+
+
+def test_wrong_name():
+    def pin(rows):
+        return handlers.substitute(data={"rows": rows})
+
+    assert is_wrong(error(train(svi_of(sliced, by_hand(sliced)), around=pin)))
+    with warned(), pin(jnp.arange(B)):
+        init(svi_of(sliced, dynamic_subsample(AutoDelta(sliced))))
+    with pytest.raises(ValueError, match="names a plate 'rows' that the model does"):
+        svi = svi_of(sliced, AutoDelta(sliced), svi_class=SubsampleSVI)
+        init(svi, indices={"rows": jnp.arange(B)})
+
+
+def test_duplicates():
+    by_hand_pinned = by_hand(sliced_and_pinned, pinned_plate)
+    alone = train(svi_of(sliced_and_pinned, by_hand_pinned), with_duplicates)
+    assert is_right(error(alone))
+    svi = svi_of(sliced, AutoDelta(sliced), svi_class=SubsampleSVI)
+    assert is_right(error(train(svi, with_duplicates, keywords=with_indices)))
+
+
+def test_stale():
+    def pin(rows):
+        return handlers.substitute(data={"n": rows})
+
+    assert is_wrong(error(train(svi_of(sliced, by_hand(sliced)), around=pin)))
+    svi = svi_of(sliced, AutoDelta(sliced), svi_class=SubsampleSVI)
+    assert is_right(error(train(svi, keywords=with_indices)))
+
+
+def test_enumeration():
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    assert is_wrong(error(train(svi_of(indexing, AutoDelta(indexing), loss))))
+    with warned() as given:
+        svi = svi_of(indexing, dynamic_subsample(AutoDelta(indexing)), loss)
+        state = init(svi)
+        jax.eval_shape(svi.update, state, TRUTH[:B], jnp.arange(B))
+        jax.eval_shape(svi.update, state, TRUTH[:B], jnp.arange(B))
+    assert len(given) == 1
+    assert "TraceEnum_ELBO lets the model draw" in str(given[0].message)
+    with dynamic_subsample():
+        here = train(svi_of(indexing, AutoDelta(indexing), loss))
+    assert is_right(error(here))
+    svi = svi_of(indexing, AutoDelta(indexing), loss, SubsampleSVI)
+    assert is_right(error(train(svi)))
+
+
+def test_predictive():
+    def gap(guide, rows):
+        init(svi_of(indexing, guide))
+        params = {"z_auto_loc": TRUTH}
+        with handlers.substitute(data={} if rows is None else {"n": rows}):
+            predictive = Predictive(indexing, guide=guide, params=params, num_samples=2)
+            drawn = predictive(jax.random.key(0), TRUTH[:B], None)
+        return jnp.abs(drawn["gap"]).max()
+
+    assert is_wrong(gap(by_hand(indexing), None))
+    with pytest.warns(MisalignedSubsampleWarning, match="Predictive lets the model"):
+        gap(dynamic_subsample(AutoDelta(indexing)), None)
+    assert is_right(
+        gap(dynamic_subsample(AutoDelta(indexing)), jnp.array([7, 1, 0, 2]))
+    )
+
+
+def test_every_way_is_measured():
+    assert {f"test_{name.replace(' ', '_')}" for name in WAYS} <= globals().keys()
+
+
+# ------------------------------------------------------------------ false alarms
+
+
+def subsampling(x, rows):
+    with plate(x, rows):
+        latent_and_obs(numpyro.subsample(TRUTH, event_dim=0))
+
+
+def covariates_only(x, rows):
+    """The data are in a distribution's parameters, and all else is the same."""
+    with plate(x, rows) as idx:
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.sample("y", dist.Normal(z - TRUTH[idx], 1), obs=0.0)
+
+
+def without_data(x, rows):
+    with plate(x, rows):
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.factor("f", -(z**2))
+
+
+def data_elsewhere(x, rows):
+    with plate(x, rows):
+        numpyro.sample("z", dist.Normal(0, 10))
+    numpyro.sample("y", dist.Normal(0, 1), obs=1.0)
+
+
+def of_global(x, rows):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    with plate(x, rows):
+        numpyro.sample("y", dist.Normal(mu, 1), obs=x)
+
+
+def amortised(x, rows):
+    w = numpyro.param("w", 1.0)
+    with plate(x, rows):
+        numpyro.sample("z", dist.Normal(w * x, 1))
+
+
+def unaligned(model):
+    """How many warnings the first two calls give, eager and traced."""
+    guide = amortised if model is sliced else AutoNormal(model)
+    svi = svi_of(model, dynamic_subsample(guide, model=model))
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        state = init(svi)
+        jax.eval_shape(svi.update, state, TRUTH[:B], jnp.arange(B))
+    return [w.category for w in given]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        indexing,
+        subsampling,
+        covariates_only,
+        without_data,
+        data_elsewhere,
+        of_global,
+        sliced,
+        sliced_and_pinned,
+    ],
+)
+def test_no_false_alarm(model):
+    assert unaligned(model) == []
+
+
+def test_no_false_alarm_for_full_size_or_pins_around():
+    svi = svi_of(sliced, dynamic_subsample(AutoNormal(sliced)))
+    init(svi, TRUTH)
+    with handlers.substitute(data={"n": jnp.arange(B)}):
+        init(svi)
+    # Only now are rows drawn.
+    with warned():
+        init(svi)
+
+
+# ------------------------------------------------------------------ alarms
+
+
+def param_per_row(x, rows):
+    """A parameter of the model follows the rows, and the data do not."""
+    with plate(x, rows):
+        bias = numpyro.param("bias", jnp.zeros(N), event_dim=0)
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.sample("y", dist.Normal(z + bias, 1), obs=x)
+
+
+def factor_of_data(x, rows):
+    with plate(x, rows):
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.factor("y", -((z - x) ** 2))
+
+
+@pytest.mark.parametrize("model", [param_per_row, factor_of_data])
+def test_data_that_do_not_follow(model):
+    assert unaligned(model) == [MisalignedSubsampleWarning]
+
+
+def indexed_by_hand(x, rows):
+    loc = numpyro.param("loc", jnp.zeros(N))
+    with plate(x, rows) as idx:
+        numpyro.sample("z", dist.Normal(loc[idx], 1))
+
+
+def semi_dais(model):
+    return AutoSemiDAIS(model, model, None, None)
+
+
+GUIDES = [AutoNormal, AutoDiagonalNormal, semi_dais, lambda model: indexed_by_hand]
+
+
+@pytest.mark.parametrize("make", GUIDES)
+def test_guides_with_parameters_per_row(make):
+    guide = dynamic_subsample(make(sliced), model=sliced)
+    svi = svi_of(sliced, guide)
+    # A joint guide makes its first call at full size.
+    init(svi, TRUTH)
+    with warned() as given:
+        init(svi)
+        init(svi)
+    (message,) = (str(w.message) for w in given)
+    for part in ("Plate 'n' draws 4 of its 8 rows", "['z']", "x[idx]", "indices={'n'"):
+        assert part in message
+
+
+@pytest.mark.parametrize("pins", [{}, {"n": jnp.arange(B)}], ids=["drawn", "pinned"])
+def test_guides_served_one_by_one(pins):
+    def model(x, rows):
+        with plate(x, rows):
+            latent_and_obs(x, "a")
+            latent_and_obs(x, "z")
+
+    parts = [
+        AutoDelta(handlers.block(model, hide=["z", "y_z"]), prefix="a_auto"),
+        AutoDelta(handlers.block(model, hide=["a", "y_a"]), prefix="z_auto"),
+    ]
+
+    def guide(x, rows):
+        for part in parts:
+            part(x, rows)
+
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        with handlers.substitute(data=pins), dynamic_subsample():
+            init(svi_of(model, guide))
+    latents = [name for w in given for name in "az" if f"['{name}']" in str(w.message)]
+    assert latents == ([] if pins else ["a", "z"])
+
+
+def test_error_instead_of_warning_stays_one():
+    svi = svi_of(sliced, dynamic_subsample(AutoNormal(sliced)))
+    for _ in range(2):
+        with pytest.raises(MisalignedSubsampleWarning):
+            init(svi)
+
+
+def test_copies_are_guides_of_their_own_and_none_is_kept():
+    before = len(alignment._looked_at)
+    guide = dynamic_subsample(AutoNormal(sliced))
+    with warned():
+        init(svi_of(sliced, guide))
+    other = copy.deepcopy(guide)
+    with warned():
+        init(svi_of(sliced, other))
+    init(svi_of(sliced, guide))
+    del guide, other
+    gc.collect()
+    assert len(alignment._looked_at) <= before
+
+
+def test_model_that_needs_concrete_values_is_left_alone():
+    def model(x, rows):
+        if x.sum() > 0:
+            sliced(x, rows)
+
+    svi = svi_of(model, dynamic_subsample(AutoNormal(model)))
+    init(svi)
+
+
+# ------------------------------------------------------------------ disagreement
+
+
+def asking(size):
+    return handlers.substitute(lambda x, rows: indexing(range(size), rows), data={})
+
+
+def test_model_that_asks_for_another_size():
+    svi = svi_of(asking(3), AutoDelta(asking(4)))
+    message = r"asks plate 'n' \(size 8\) for 3 rows, but the guide .* took 4\. Name"
+    with pytest.raises(ValueError, match=message), dynamic_subsample():
+        init(svi)
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), TraceEnum_ELBO(max_plate_nesting=1)])
+def test_pins_in_guide_and_model_that_differ(loss):
+    """The guide's own model pins rows that are next to those of the batch."""
+
+    def off_by_one(x, rows):
+        with pinned_plate(x, (rows + 1) % N):
+            latent_and_obs(x)
+
+    rows = jnp.array([2, 3, 4, 5])
+    svi = svi_of(sliced_and_pinned, AutoDelta(off_by_one), loss)
+    with dynamic_subsample():
+        message = r"pins rows \[2 3 4 5\] .* took \[3 4 5 6\]"
+        with pytest.raises(ValueError, match=message):
+            state = init(svi, rows=rows)
+            svi.evaluate(state, TRUTH[rows], rows)
+        svi = svi_of(sliced_and_pinned, AutoDelta(sliced_and_pinned), loss)
+        svi.evaluate(init(svi, rows=rows), TRUTH[rows], rows)
+
+
+def test_replay_is_put_back():
+    before = handlers.replay.process_message
+    with dynamic_subsample(), dynamic_subsample():
+        assert handlers.replay.process_message is not before
+    assert handlers.replay.process_message is before
+
+
+# ------------------------------------------------------------------ gradients, counts
+
+
+def discrete(x, rows):
+    with plate(x, rows) as idx:
+        k = numpyro.sample("k", dist.Bernoulli(0.5))
+        numpyro.sample("y", dist.Normal(k, 1), obs=TRUTH[idx])
+
+
+def guide_of_discrete(x, rows):
+    with plate(x, rows):
+        logits = numpyro.param("logits", jnp.zeros(N), event_dim=0)
+        numpyro.sample("k", dist.Bernoulli(logits=logits))
+
+
+def test_score_function_in_a_subsampled_plate():
+    def guide(x, rows):
+        guide_of_discrete(x, rows)
+
+    svi = svi_of(discrete, guide, TraceGraph_ELBO(), SubsampleSVI)
+    init(svi, TRUTH)
+    with pytest.warns(UserWarning, match=r"'n', 8 / 4, twice .* site 'k'") as given:
+        state = init(svi)
+        jax.eval_shape(svi.update, state, TRUTH[:B], jnp.arange(B))
+    assert len(given) == 1
+    enumerated = TraceEnum_ELBO(max_plate_nesting=1)
+    init(svi_of(discrete, guide_of_discrete, enumerated, SubsampleSVI))
+    init(svi_of(indexing, AutoNormal(indexing), TraceGraph_ELBO(), SubsampleSVI))
+
+
+def test_counts_entered_around_a_compiled_function():
+    @jax.jit
+    def loss(x):
+        return Trace_ELBO().loss(jax.random.key(0), {}, of_global, prior, x, None)
+
+    def prior(x, rows):
+        numpyro.sample("mu", dist.Normal(0, 1))
+
+    def at(count):
+        with valid_rows({"n": count}):
+            return loss(TRUTH[:B])
+
+    at(3)
+    with pytest.raises(ValueError, match="keeps the counts that it was compiled with"):
+        at(2)
+
+
+if __name__ == "__main__":
+    print(markdown())
