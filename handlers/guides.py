@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
@@ -23,6 +22,7 @@ from numpyro.infer.autoguide import (
 from numpyro.infer.initialization import init_to_uniform, init_to_value
 from numpyro.primitives import _PYRO_STACK, CondIndepStackFrame, Messenger
 
+from .alignment import under_enumeration
 from .guide_call import GuideCall
 from .plates import (
     full_size,
@@ -268,8 +268,7 @@ def _under_renyi_elbo() -> bool:
 
 
 def _refuse_enumeration(guide: AutoGuide, name: str) -> None:
-    module = sys.modules.get("numpyro.contrib.funsor.enum_messenger")
-    if module is not None and any(isinstance(h, module.enum) for h in _PYRO_STACK):
+    if under_enumeration():
         raise ValueError(
             f"TraceEnum_ELBO does not support {type(guide).__name__} with local "
             f"latents, here in plate '{name}' (size "

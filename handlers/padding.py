@@ -15,6 +15,8 @@ from numpyro.distributions import MaskedDistribution
 from numpyro.handlers import replay
 from numpyro.primitives import _PYRO_STACK, CondIndepStackFrame, Messenger
 
+from .alignment import under_enumeration
+
 
 def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:
     """Pad every array of a batch along its leading axis, by repeating its last row.
@@ -305,7 +307,7 @@ def _check_scale_may_be_traced(
     if msg["name"] not in guide_trace and msg.get("done"):
         what = "is enumerated in the model"
         remedy = "enumerate it in the guide"
-    elif msg["infer"].get("kl") == "analytic" and _enumerates():
+    elif msg["infer"].get("kl") == "analytic" and under_enumeration():
         what = "has an analytic KL divergence"
         remedy = "leave out infer={'kl': 'analytic'}"
     else:
@@ -316,10 +318,3 @@ def _check_scale_may_be_traced(
         f"count of '{plate}' is traced. Either {remedy}, or give batches of equal size "
         "without a count."
     )
-
-
-def _enumerates() -> bool:
-    # Importing funsor sets its backend, so it is left to those who use it.
-    from numpyro.contrib.funsor import enum
-
-    return any(isinstance(handler, enum) for handler in _PYRO_STACK)
