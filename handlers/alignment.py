@@ -52,11 +52,7 @@ def joint_depends_on_rows(
     def log_joint(rows: jax.Array) -> list[jax.Array]:
         with rehearsal(), trace() as sites, substitute(data={name: rows}):
             model(*args, **kwargs)
-        return [
-            jnp.sum(site["fn"].log_prob(site["value"]))
-            for site in sites.values()
-            if site["type"] == "sample"
-        ]
+        return [_log_density(s) for s in sites.values() if s["type"] == "sample"]
 
     return any(eval_provenance(log_joint, rows=rows))
 

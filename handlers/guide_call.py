@@ -73,16 +73,15 @@ class GuideCall(Messenger):
         self._plates: dict[str, ModelPlate] = {}
         self._expected: set[str] = set()
         self._by_user = False
-        # Per plate, for the whole call: its rows, and whether they are drawn by the
-        # plate, all in order (as preset), or pinned by somebody.
-        self._rows: dict[str, jax.Array] = {}
+        # Per plate, for the whole call: what it took, and how to tell whether that was
+        # drawn by the plate, all rows in order (as preset), or pinned by somebody.
+        self._taken: dict[str, GuideRows] = {}
         self._preset: dict[str, Any] = {}
         # Known to be indices of the plate, and those that it has drawn.
         self._drawn: set[str] = set()
         self._drawn_by_plate: set[str] = set()
         self._shuffled: set[str] = set()
         self._given: dict[str, Any] = {}
-        self._taken: dict[str, GuideRows] = {}
         self._latents: dict[str, list[str]] = {}
         self._serving: list[Any] = []
 
@@ -133,7 +132,7 @@ class GuideCall(Messenger):
 
     def takes_some(self, name: str) -> bool:
         """Tell whether a plate of the guide takes other rows than all, in order."""
-        taken = self._rows[name].shape[0]
+        taken = self._taken[name].rows.shape[0]
         return taken != self.model_plate(name).size or name in self._shuffled
 
     def expect(self, names: Iterable[str]) -> None:
@@ -211,8 +210,8 @@ class GuideCall(Messenger):
                 "dynamic_subsample makes it unnecessary."
             )
         pinned_by_guide = frozen < size and msg["value"] is not None
-        if name in self._rows:
-            msg["value"] = self._rows[name]
+        if name in self._taken:
+            msg["value"] = self._taken[name].rows
         elif plate.rows is not None:
             msg["value"] = plate.rows
         elif frozen == plate.requested:
@@ -287,7 +286,7 @@ class GuideCall(Messenger):
         name = msg["name"]
         size = msg["args"][0]
         rows = msg["value"]
-        if name not in self._rows:
+        if name not in self._taken:
             if name not in self._drawn and rows is not self._preset.get(name):
                 check_rows(name, size, rows)
                 if rows.shape[0] == size:
@@ -295,7 +294,6 @@ class GuideCall(Messenger):
                         in_order = keeps_rows_in_order(*self._run, name, rows)
                     if not in_order:
                         self._shuffled.add(name)
-            self._rows[name] = rows
             settled = at_full_size()
             drawn = name in self._drawn_by_plate and not settled
             around = settled or not (drawn or rows is self._given[name])
@@ -311,7 +309,7 @@ class GuideCall(Messenger):
             return
         for frame in msg["cond_indep_stack"]:
             if frame.name in self._shuffled:
-                rows = self._rows[frame.name]
+                rows = self._taken[frame.name].rows
                 msg["value"] = take_rows(
                     msg["value"], rows, frame.size, frame.dim - event_dim
                 )

@@ -155,12 +155,8 @@ def _set_up_prototype(
             guide._setup_prototype(*args, **kwargs)
     elif isinstance(guide, AutoSemiDAIS):
         guide._setup_prototype(*args, **kwargs)
-    elif subsampled and _func(guide.init_loc_fn) is init_to_value:
+    elif subsampled and getattr(guide.init_loc_fn, "func", None) is init_to_value:
         _set_up_from_values(guide, args, kwargs)
-
-
-def _func(init_loc_fn: Any) -> Any:
-    return getattr(init_loc_fn, "func", None)
 
 
 def _needs_whole_likelihood(guide: AutoGuide) -> bool:
