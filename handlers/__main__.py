@@ -6,7 +6,9 @@ import argparse
 import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpyro.handlers import scale
 from numpyro.infer import TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoNormal
@@ -37,6 +40,7 @@ LME4 = {
 LME4_LOG_LIKELIHOOD = -118888.9
 TOLERANCE = 2  # percent
 QUICK_EPOCHS = 100
+SAVE_EVERY = 10  # epochs
 
 
 class Ratings(NamedTuple):
@@ -161,12 +165,65 @@ def batches(
         yield Batch(*pad_minibatch(students, batch_size), *padded, count)
 
 
-def fit(ratings: Ratings, epochs: int, batch_size: int, seed: int) -> Fit:
+def spread(tree: Any, devices: int, axis: int = 0) -> Any:
+    """Split an axis of arrays over devices, where it has equal parts for all of them.
+
+    JAX then runs what is compiled for these arrays on all of the devices.
+    """
+    mesh = Mesh(jax.devices()[:devices], "rows")
+
+    def sharding(leaf: Any) -> NamedSharding:
+        shape = np.shape(leaf)
+        split = len(shape) > axis and shape[axis] % devices == 0
+        spec = (*[None] * axis, "rows") if split else ()
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.device_put(tree, jax.tree.map(sharding, tree))
+
+
+def checkpoints(directory: Path) -> Any:
+    """Keep the newest two checkpoints of a fit in a directory."""
+    orbax = optional("orbax.checkpoint")
+    options = orbax.CheckpointManagerOptions(
+        save_interval_steps=SAVE_EVERY, max_to_keep=2, enable_async_checkpointing=False
+    )
+    return orbax.CheckpointManager(directory.absolute(), options=options)
+
+
+def newest(saved: Any, contents: Any) -> tuple[int, Any]:
+    """Restore the newest checkpoint that can be read, or (0, None) if there is none."""
+    damaged = []
+    for step in sorted(saved.all_steps(), reverse=True):
+        try:
+            restored = saved.restore(step, args=contents)
+        except Exception as error:  # its type depends on what was cut short
+            damaged.append(step)
+            why = str(error).partition("\n")[0]
+            print(f"Checkpoint {step} in {saved.directory} is damaged: {why}")
+            continue
+        # As long as they are there, nothing is saved at their steps.
+        for other in damaged:
+            saved.delete(other)
+        return step, restored
+    if damaged:
+        raise SystemExit(f"Remove {saved.directory}: no checkpoint in it can be read.")
+    return 0, None
+
+
+def fit(
+    ratings: Ratings,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    saved: Any = None,
+    devices: int = 1,
+) -> Fit:
     """Fit the model in mini-batches of students, shuffled anew for every epoch."""
     optax = optional("optax")
     started = time.perf_counter()
-    all_steps = epochs * -(-STUDENTS // batch_size)
-    optimizer = optax.adam(optax.exponential_decay(0.02, all_steps, 0.01))
+    steps_an_epoch = -(-STUDENTS // batch_size)
+    schedule = optax.exponential_decay(0.02, epochs * steps_an_epoch, 0.01)
+    optimizer = optax.adam(schedule)
     guide = AutoNormal(model, init_loc_fn=init_to_value(values=start()))
     svi = SubsampleSVI(model, guide, optimizer, TraceMeanField_ELBO())
     compiled = []
@@ -191,24 +248,38 @@ def fit(ratings: Ratings, epochs: int, batch_size: int, seed: int) -> Fit:
     # Where that cannot be seen, take a bound; or leave the capacity out, for one
     # compilation per power of two.
     capacity = largest(ratings, shuffles(epochs, seed), batch_size)
-    state: Any = None
-    losses, batch_sizes = [], []
-    bar = tqdm(shuffles(epochs, seed), total=epochs, unit="epoch")
-    for rows in bar:
+    capacity += -capacity % devices
+    first = next(batches(ratings, next(shuffles(1, seed)), batch_size, capacity))
+    now: dict[str, Any] = {
+        "state": spread(init(jax.random.key(seed), first), devices),
+        "losses": np.zeros(epochs),
+        "sizes": np.zeros((epochs, steps_an_epoch, 2), dtype=int),
+    }
+    done = 0
+    if saved is not None:
+        args = optional("orbax.checkpoint").args
+        done, restored = newest(saved, args.StandardRestore(now))
+        now = restored or now
+    orders = islice(shuffles(epochs, seed), done, None)
+    bar = tqdm(orders, initial=done, total=epochs, unit="epoch")
+    for number, rows in enumerate(bar, done):
         steps = list(batches(ratings, rows, batch_size, capacity))
-        if state is None:
-            state = init(jax.random.key(seed), steps[0])
         epoch = jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
-        state, losses_of_steps = train(state, epoch)
+        state, losses = train(now["state"], spread(epoch, devices, axis=1))
+        now["state"] = spread(state, devices)
         # Each is scaled to all students; the mean weighs every student the same.
-        losses.append(float(np.dot(losses_of_steps, epoch.students / STUDENTS)))
-        batch_sizes += [(step.students, step.ratings) for step in steps]
+        now["losses"][number] = np.dot(losses, epoch.students / STUDENTS)
+        now["sizes"][number] = [(step.students, step.ratings) for step in steps]
+        if saved is not None:
+            saved.save(number + 1, args=args.StandardSave(now))
+        loss = f"{now['losses'][number]:,.0f}"
         sizes = {"students": span(epoch.students), "ratings": span(epoch.ratings)}
-        bar.set_postfix({"loss": f"{losses[-1]:,.0f}", **sizes}, refresh=False)
+        bar.set_postfix({"loss": loss, **sizes}, refresh=False)
 
-    median = jax.device_get(svi.guide.median(svi.get_params(state)))
+    median = jax.device_get(svi.guide.median(svi.get_params(now["state"])))
     seconds = time.perf_counter() - started
-    return Fit(median, losses, seconds, batch_sizes, len(compiled))
+    sizes = [tuple(size) for size in now["sizes"].reshape(-1, 2).tolist()]
+    return Fit(median, now["losses"].tolist(), seconds, sizes, len(compiled))
 
 
 def span(counts: Sequence[int] | np.ndarray) -> str:
@@ -301,6 +372,14 @@ def picture(text: str) -> Path:
     return path
 
 
+def folder(text: str) -> Path:
+    """Be an argparse type: a directory, that need not be there yet."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"'{path}' is not a directory")
+    return path
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read the arguments, fit, and show what came out."""
     parser = argparse.ArgumentParser(
@@ -343,12 +422,41 @@ def main(argv: list[str] | None = None) -> None:
         help="draw the loss and the lecturers' effects to this .png, .pdf or .svg "
         "file (default: no picture)",
     )
+    parser.add_argument(
+        "--checkpoint",
+        type=folder,
+        metavar="DIR",
+        help=f"save the fit in this directory every {SAVE_EVERY} epochs, and resume "
+        "one of the same length, batch size and seed from there (default: nowhere)",
+    )
+    parser.add_argument(
+        "--devices",
+        type=whole(1, 64),
+        default=1,
+        metavar="N",
+        help="split batches and, where their numbers have equal parts, students and "
+        "lecturers over so many devices; of a CPU, virtual ones (default: %(default)s)",
+    )
     options = parser.parse_args(argv)
+    if options.devices > 1:
+        # It is too late once JAX has started.
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", options.devices)
+    if options.devices > (there := len(jax.devices())):
+        kind = jax.default_backend()
+        parser.error(f"--devices: JAX has {there} ({kind}), not {options.devices}")
 
-    ratings = load()
     epochs = QUICK_EPOCHS if options.quick else options.epochs
+    saved = None
+    if options.checkpoint is not None:
+        # Each fit has its own: the step size depends on their length.
+        name = f"epochs{epochs}-batch{options.batch_size}-seed{options.seed}"
+        saved = checkpoints(options.checkpoint / name)
+    ratings = load()
     print(f"{epochs} epochs of {STUDENTS} students; JAX compiles during the first.")
-    result = fit(ratings, epochs, options.batch_size, options.seed)
+    result = fit(
+        ratings, epochs, options.batch_size, options.seed, saved, options.devices
+    )
     if options.plot is not None:
         plot(result, ratings, options.plot)
         print(f"Picture: {options.plot}")

