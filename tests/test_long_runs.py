@@ -1,0 +1,92 @@
+"""Many steps, and many compilations, leave nothing behind."""
+
+import gc
+import os
+from itertools import cycle
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta, AutoNormal
+from numpyro.primitives import _PYRO_STACK
+
+from numpyro_dynamic_subsample import SubsampleSVI, pad_minibatch
+
+ROWS = 100
+DATA = np.linspace(-1, 1, ROWS, dtype="float32")
+
+
+def model(batch):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    with numpyro.plate("rows", ROWS, subsample_size=len(batch)):
+        z = numpyro.sample("z", dist.Normal(mu, 1))
+        numpyro.sample("y", dist.Normal(z, 1), obs=batch)
+
+
+def objects():
+    gc.collect()
+    return len(gc.get_objects())
+
+
+def memory():
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def steps():
+    """Yield padded batches of 1 to 8 rows, for ever."""
+    draw = np.random.default_rng(0)
+    some = []
+    for size in draw.integers(1, 9, 1000):
+        rows = draw.choice(ROWS, size, replace=False)
+        (batch, rows), count = pad_minibatch((DATA[rows], rows))
+        some.append((batch, {"rows": rows}, {"rows": count}))
+    return cycle(some)
+
+
+def test_many_steps():
+    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.01), Trace_ELBO())
+    state = svi.init(jax.random.key(0), DATA[:3], indices={"rows": np.arange(3)})
+    traced, kept = [], []
+
+    def update(state, batch, indices, valid):
+        traced.append(len(batch))
+        return svi.update(state, batch, indices=indices, valid=valid)
+
+    step = jax.jit(update, donate_argnums=0)
+    for number, batch in zip(range(100_001), steps(), strict=False):
+        state, loss = step(state, *batch)
+        if number in (10_000, 100_000):
+            assert np.isfinite(loss)
+            kept.append((objects(), len(jax.live_arrays()), memory()))
+    assert sorted(traced) == [1, 2, 4, 8]
+    assert _PYRO_STACK == []
+    (objects_before, arrays_before, before), (objects_after, arrays_after, after) = kept
+    assert arrays_after == arrays_before
+    assert objects_after < objects_before + 100
+    # Of a step, not even its rows, as one object of Python.
+    assert after - before < 90_000 * 16
+
+
+def test_many_compilations():
+    svi = SubsampleSVI(model, AutoNormal(model), optax.sgd(0.01), Trace_ELBO())
+    state = svi.init(jax.random.key(0), DATA[:3], indices={"rows": np.arange(3)})
+    kept = []
+    for number in range(61):
+        rows = np.arange(1 + number % 20)
+
+        def update(state, rows):
+            return svi.update(state, jnp.asarray(DATA)[rows], indices={"rows": rows})
+
+        jax.eval_shape(update, state, rows)
+        if number in (20, 60):
+            kept.append((objects(), len(jax.live_arrays())))
+    (objects_before, arrays_before), (objects_after, arrays_after) = kept
+    assert arrays_after == arrays_before
+    # JAX itself keeps a weak reference to each function that it has traced.
+    assert objects_after < objects_before + 2 * 40

