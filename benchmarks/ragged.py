@@ -1,15 +1,9 @@
-"""What batches of ever new sizes cost: compilation, and the padding that avoids it.
+"""What batches of ever new sizes cost: compilation, and the padding that avoids it."""
 
-Run ``python -m benchmarks.ragged`` in the root of a clone; it prints Markdown.
-"""
-
-import argparse
-import os
-import platform
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,15 +12,19 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO, init_to_value
+from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_dynamic_subsample import SubsampleSVI, pad_minibatch
-from numpyro_dynamic_subsample.__main__ import STUDENTS, Batch, load, start
-from numpyro_dynamic_subsample.__main__ import model as ratings_model
+from numpyro_dynamic_subsample.__main__ import STUDENTS, Batch, load
+
+from .insteval import BATCH_SIZE, STEPS, subsample_svi
+from .pairs import Case, Found, Row, Steps, agree, in_turns
+from .pictures import LOOKS, save, subplots
 
 FEATURES = 32
 ROWS = 1_000_000  # of the synthetic plate, of which only batches are made
+LARGEST = 1024
 
 
 class Step(NamedTuple):
@@ -44,10 +42,21 @@ class Way(NamedTuple):
 
 
 WAYS = (
-    Way("per-size compilation", lambda rows, _: (rows, -1), counted=False),
+    Way("a compilation per size", lambda rows, _: (rows, -1), counted=False),
     Way("power-of-two buckets", lambda rows, _: pad_minibatch(rows)),
     Way("one compilation", pad_minibatch),
 )
+FIXED = "fixed size, as many rows"
+
+
+class Epoch(NamedTuple):
+    """Batches that are made while an epoch runs, as a loader does."""
+
+    svi: SubsampleSVI
+    state: Any
+    steps: int
+    ragged: Callable[[Way, int], Step]
+    fixed: Callable[[int], Step]  # with the mean size of the ragged ones
 
 
 def jitted(run: Callable, compiled: list[int]) -> Callable:
@@ -61,59 +70,83 @@ def jitted(run: Callable, compiled: list[int]) -> Callable:
     return jax.jit(step)
 
 
-def first_epoch(
-    svi: SubsampleSVI, state: Any, make: Callable[[Way, int], Step], steps: int
-) -> tuple[list[tuple[str, float, int]], float]:
-    """Time an epoch in each way, and tell how far losses differ from the first's."""
-    found, losses = [], []
-    for way in WAYS:
+def one_epoch(
+    update: Callable, state: Any, steps: int, make: Callable[[int], Step]
+) -> tuple[list[float], np.ndarray]:
+    """Take an epoch's steps; the seconds after each of them, and all losses."""
+    losses, clock = [], []
+    started = time.perf_counter()
+    for number in range(steps):
+        state, loss = jax.block_until_ready(update(state, make(number)))
+        losses.append(loss)
+        clock.append(time.perf_counter() - started)
+    return clock, np.array(losses)
+
+
+def epochs(make_epoch: Callable[[int], Epoch], name: str, steps: int) -> Found:
+    """Time the first epoch in each way, and later ones, where all is compiled."""
+    epoch = make_epoch(steps)
+    makes = {way.name: partial(epoch.ragged, way) for way in WAYS}
+    makes[FIXED] = epoch.fixed
+    clocks, losses, compilations, runs = {}, {}, {}, {}
+    for way, make in makes.items():
         jax.clear_caches()
         compiled: list[int] = []
-        update = jitted(svi.update, compiled)
-        now, of_way = state, []
-        started = time.perf_counter()
-        for number in range(steps):
-            now, loss = update(now, make(way, number))
-            of_way.append(loss)
-        jax.block_until_ready((now, of_way))
-        found.append((way.name, time.perf_counter() - started, len(compiled)))
-        losses.append(np.array(of_way))
-    return found, agreement(losses)
+        update = jitted(epoch.svi.update, compiled)
+        runs[way] = partial(one_epoch, update, epoch.state, epoch.steps, make)
+        clocks[way], losses[way] = runs[way]()
+        compilations[way] = len(compiled)
+    apart = agree({way.name: losses[way.name] for way in WAYS})
+
+    ours = WAYS[-1].name
+    later = in_turns({way: runs[way] for way in (ours, FIXED)}, 20, warm_up=2)
+    rows = []
+    for way in (*(way.name for way in WAYS[:-1]), FIXED):
+        counts = f"{compilations[ours]} and {compilations[way]} compilations"
+        target = 1.2 if way == FIXED else None
+        seconds = clocks[ours][-1], clocks[way][-1]
+        row = Row(f"first epoch, {name}", way, "s", *seconds, target, counts)
+        rows.append(row)
+    milliseconds = later[ours] * 1e3, later[FIXED] * 1e3
+    note = f"losses of the first three ways agree to {apart:.0e}"
+    rows.append(Row(f"later epochs, {name}", FIXED, "ms", *milliseconds, 1.2, note))
+    return Found(rows, {name: clocks})
 
 
-def agreement(losses: Sequence[np.ndarray]) -> float:
-    """Refuse losses that differ by more than rounding, in 32 bits and many steps."""
-    apart = max(np.abs(other / losses[0] - 1).max() for other in losses)
-    assert apart < 1e-4, f"The ways disagree by {apart:.1e}: no time can be believed."
-    return float(apart)
-
-
-def insteval(steps: int) -> tuple[list[tuple[str, float, int]], float]:
-    """Take an epoch of 128 students a batch, each with all ratings of theirs."""
+def insteval(steps: int) -> Epoch:
+    """Take batches of 128 students, each with all ratings of theirs."""
     ratings = load()
     order = np.random.default_rng(0).permutation(STUDENTS).astype("int32")
-    parts = np.split(order, range(128, STUDENTS, 128))
+    parts = np.split(order, range(BATCH_SIZE, STUDENTS, BATCH_SIZE))
     places = [np.concatenate([ratings.of_student[r] for r in rows]) for rows in parts]
+    # The last batch, of fewer students, is among the steps of a short run, too.
+    parts, places = parts[-steps:], places[-steps:]
     most = max(map(len, places))
 
-    def make(way: Way, number: int) -> Step:
+    def ragged(way: Way, number: int) -> Step:
         rows, own = parts[number], places[number]
         counts = [len(ratings.of_student[row]) for row in rows]
         student = np.repeat(np.arange(len(rows), dtype="int32"), counts)
         arrays = student, ratings.lecturer[own], ratings.y[own]
-        students, count = way.pad(rows, 128)
+        students, count = way.pad(rows, BATCH_SIZE)
         (student, lecturer, y), given = way.pad(arrays, most)
         valid = {"students": count, "ratings": given} if way.counted else {}
         real = count if way.counted else len(rows)
         batch = Batch(students, real, student, lecturer, y, given)
         return Step(batch, {"students": students}, valid)
 
-    guide = AutoNormal(ratings_model, init_loc_fn=init_to_value(values=start()))
-    svi = SubsampleSVI(ratings_model, guide, optax.adam(0.02), TraceMeanField_ELBO())
-    state = jitted(svi.init, [])(jax.random.key(0), make(WAYS[-1], 0))
-    # The last batch, of fewer students, is among the steps of a short run, too.
-    skip = len(parts) - steps
-    return first_epoch(svi, state, lambda way, number: make(way, number + skip), steps)
+    students = np.concatenate(parts)[: sum(map(len, parts)) // steps]
+    length = sum(map(len, places)) // steps
+    whose = np.sort(np.arange(length, dtype="int32") % len(students))
+
+    def fixed(number: int) -> Step:
+        own = np.resize(places[number], length)
+        data = whose, ratings.lecturer[own], ratings.y[own], length
+        return Step(Batch(students, len(students), *data), {"students": students}, {})
+
+    svi = subsample_svi(optax.adam(0.02))
+    state = jitted(svi.init, [])(jax.random.key(0), ragged(WAYS[-1], 0))
+    return Epoch(svi, state, steps, ragged, fixed)
 
 
 def regression(batch: tuple[jax.Array, jax.Array]) -> None:
@@ -140,77 +173,67 @@ def regression_svi() -> tuple[SubsampleSVI, Any]:
     return svi, jitted(svi.init, [])(jax.random.key(0), first)
 
 
-def synthetic(steps: int) -> tuple[list[tuple[str, float, int]], float]:
+def synthetic(steps: int) -> Epoch:
     """Take batches of as many sizes as there are steps, from 33 to 1,024 rows."""
-    sizes = np.linspace(33, 1024, steps).astype(int)
+    sizes = np.linspace(33, LARGEST, steps).astype(int)
     np.random.default_rng(0).shuffle(sizes)
-    x, y = regression_data(1024)
+    x, y = regression_data(LARGEST)
 
-    def make(way: Way, number: int) -> Step:
+    def ragged(way: Way, number: int) -> Step:
         size = sizes[number]
-        batch, count = way.pad((x[:size], y[:size]), 1024)
+        batch, count = way.pad((x[:size], y[:size]), LARGEST)
         return Step(batch, {}, {"n": count} if way.counted else {})
 
-    return first_epoch(*regression_svi(), make, steps)
+    mean = sum(sizes) // steps
+    fixed = Step((x[:mean], y[:mean]), {}, {})
+    return Epoch(*regression_svi(), steps, ragged, lambda number: fixed)
 
 
-def steady(capacity: int, percent: int, repeats: int) -> tuple[float, float]:
-    """Time a compiled step, unpadded and padded to a capacity; medians in seconds."""
+def steady(capacity: int, percent: int, rounds: int) -> Found:
+    """Time a compiled step, unpadded and padded to a capacity."""
     count = capacity * percent // 100
     rows = regression_data(count)
     svi, state = regression_svi()
     padded, _ = pad_minibatch(rows, capacity)
-    steps = Step(rows, {}, {}), Step(padded, {}, {"n": np.int32(count)})
-    updates = [jitted(svi.update, []) for _ in steps]
-    steps = [jax.device_put(step) for step in steps]
-    agreement([np.array([u(state, s)[1]]) for u, s in zip(updates, steps, strict=True)])
-    times: tuple[list[float], list[float]] = ([], [])
-    # In turns, so that whatever else the machine does meets both alike.
-    for repeat in range(repeats + 10):
-        for update, step, of_step in zip(updates, steps, times, strict=True):
-            started = time.perf_counter()
-            jax.block_until_ready(update(state, step))
-            if repeat >= 10:
-                of_step.append(time.perf_counter() - started)
-    unpadded, with_padding = map(statistics.median, times)
-    return unpadded, with_padding
+    steps = {
+        "padded": Step(padded, {}, {"n": np.int32(count)}),
+        "unpadded": Step(rows, {}, {}),
+    }
+    ways = {
+        name: Steps(jitted(svi.update, []), state, [(jax.device_put(step),)])
+        for name, step in steps.items()
+    }
+    agree({name: way()[1] for name, way in ways.items()})
+    took = in_turns(ways, rounds)
+    case = f"steady step, {capacity:,} rows, {percent} % of them real"
+    milliseconds = took["padded"] * 1e3, took["unpadded"] * 1e3
+    return Found([Row(case, "unpadded", "ms", *milliseconds)], {})
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few sizes and repeats")
-    quick = parser.parse_args(argv).quick
-
-    packages = ("numpyro-dynamic-subsample", "numpyro", "jax", "numpy", "optax")
-    print(", ".join(f"{name} {version(name)}" for name in packages), end="; ")
-    print(f"Python {platform.python_version()}, {platform.machine()}", end=", ")
-    print(f"{os.cpu_count()} CPUs, JAX on {jax.devices()[0].device_kind}")
-    if quick:
-        print("\nA short run (--quick).")
-
-    print("\n| first epoch | steps | way | compilations | seconds | ratio |")
-    print("|---|--:|---|--:|--:|--:|")
-    notes = []
-    for name, epoch, steps in (
-        ("InstEval", insteval, 3 if quick else 24),
-        ("64 sizes", synthetic, 4 if quick else 64),
+def cases(quick: bool) -> list[Case]:
+    found = []
+    for name, make, steps in (
+        ("InstEval", insteval, 2 if quick else STEPS),
+        ("64 sizes", synthetic, 2 if quick else 64),
     ):
-        found, apart = epoch(steps)
-        best = found[-1][1]
-        for way, seconds, compilations in found:
-            cells = f"{compilations} | {seconds:.1f} | {seconds / best:.1f}"
-            print(f"| {name} | {steps} | {way} | {cells} |", flush=True)
-        notes.append(f"{apart:.0e} ({name})")
-    print(f"\nLosses of the three ways agree to {', '.join(notes)}.")
-
-    print("\n| steady step, capacity | occupancy | unpadded, ms | padded, ms | ratio |")
-    print("|--:|--:|--:|--:|--:|")
-    for capacity in (256, 65_536):
-        for percent in (50, 75, 100):
-            without, padded = steady(capacity, percent, 20 if quick else 300)
-            cells = f"{without * 1e3:.2f} | {padded * 1e3:.2f} | {padded / without:.2f}"
-            print(f"| {capacity:,} | {percent} % | {cells} |", flush=True)
+        if not quick or make is insteval:
+            found.append(Case(f"epoch, {name}", partial(epochs, make, name, steps)))
+    for capacity in (256,) if quick else (256, 65_536):
+        for percent in (50,) if quick else (50, 75, 100):
+            run = partial(steady, capacity, percent, 20 if quick else 300)
+            found.append(Case(f"steady step, {capacity:,} rows, {percent} %", run))
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def draw(series: dict[str, Any], folder: Path) -> None:
+    """Draw how the seconds of a first epoch add up."""
+    figure, axes = subplots(1, len(series))
+    for ax, (name, clocks) in zip(axes, series.items(), strict=True):
+        for look, (way, clock) in zip(LOOKS, clocks.items(), strict=True):
+            steps = np.arange(1, len(clock) + 1)
+            every = max(len(clock) // 8, 1)
+            ax.semilogy(steps, clock, label=way, markevery=every, **look)
+        ax.set(title=name, xlabel="step of the first epoch")
+    axes[0].set_ylabel("time, with compilation (s)")
+    axes[0].legend()
+    save(figure, folder / "ragged.png")

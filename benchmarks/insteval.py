@@ -1,0 +1,77 @@
+"""Fit lme4's InstEval in mini-batches of students, with its four figures per epoch."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from numpyro.infer import TraceMeanField_ELBO, init_to_value
+from numpyro.infer.autoguide import AutoNormal
+
+from numpyro_dynamic_subsample import SubsampleSVI
+from numpyro_dynamic_subsample.__main__ import (
+    LME4,
+    STUDENTS,
+    Batch,
+    Ratings,
+    batches,
+    largest,
+    model,
+    start,
+)
+
+BATCH_SIZE = 128
+STEPS = -(-STUDENTS // BATCH_SIZE)  # in an epoch
+
+
+class Epoch(NamedTuple):
+    seconds: float  # since the fit began, without reading the figures
+    figures: list[float]  # in the order of LME4
+
+
+def subsample_svi(optimizer: Any, **options: Any) -> SubsampleSVI:
+    guide = AutoNormal(model, init_loc_fn=init_to_value(values=start()))
+    return SubsampleSVI(model, guide, optimizer, TraceMeanField_ELBO(), **options)
+
+
+def keywords(batch: Batch) -> dict[str, Any]:
+    valid = {"students": batch.students, "ratings": batch.ratings}
+    return {"indices": {"students": batch.rows}, "valid": valid}
+
+
+def deviation(figures: Iterable[float]) -> float:
+    """Return by how many percent the worst of the figures differs from lme4's."""
+    apart = np.asarray(figures) / list(LME4.values()) - 1
+    return 100 * float(np.abs(apart).max())
+
+
+def fit(
+    ratings: Ratings, orders: np.ndarray, optimizer: Any, **options: Any
+) -> Iterator[Epoch]:
+    """Take one step after the other, and yield what each epoch has come to."""
+    svi = subsample_svi(optimizer, **options)
+    started = time.perf_counter()
+    capacity = largest(ratings, orders, BATCH_SIZE)
+
+    def take(run: Any, argument: Any, batch: Batch) -> Any:
+        return run(argument, batch, **keywords(batch))
+
+    first = next(batches(ratings, orders[0], BATCH_SIZE, capacity))
+    init = jax.jit(lambda key, batch: take(svi.init, key, batch))
+    step = jax.jit(
+        lambda state, batch: take(svi.update, state, batch), donate_argnums=0
+    )
+    state = init(jax.random.key(0), first)
+    reading = 0.0
+    for order in orders:
+        for batch in batches(ratings, order, BATCH_SIZE, capacity):
+            state, _ = step(state, batch)
+        jax.block_until_ready(state)
+        now = time.perf_counter()
+        params = jax.device_get(svi.get_params(state))
+        figures = [float(params[f"{name}_auto_loc"]) for name in LME4]
+        # The median of a latent that is positive; the intercept is not confined.
+        figures[1:] = np.exp(figures[1:]).tolist()
+        yield Epoch(now - started - reading, figures)
+        reading += time.perf_counter() - now
