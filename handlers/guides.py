@@ -16,6 +16,7 @@ from numpyro.infer.autoguide import (
     AutoDAIS,
     AutoDelta,
     AutoGuide,
+    AutoGuideList,
     AutoSemiDAIS,
     AutoSurrogateLikelihoodDAIS,
 )
@@ -40,6 +41,16 @@ def model_of(guide: Any) -> Callable | None:
         if callable(model):
             return model
         guide = getattr(guide, "fn", None) or getattr(guide, "func", None)
+    return None
+
+
+def joint_over(guide: Any, plate: str) -> AutoContinuous | None:
+    """Return the part of a guide that is one joint distribution over a plate's rows."""
+    if isinstance(guide, AutoGuideList):
+        parts = (joint_over(part, plate) for part in guide)
+        return next((part for part in parts if part is not None), None)
+    if isinstance(guide, AutoContinuous) and plate in guide._prototype_frames:
+        return guide
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,13 +13,15 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
-from numpyro.infer.svi import SVIState
+from numpyro.infer.svi import SVIRunResult, SVIState
+from tqdm.auto import tqdm
 
 from .alignment import ScoreFunctionWatcher, keeps_rows_in_order
 from .dynamic_subsample import dynamic_subsample
 from .guide_call import GuideCall, check_rows
 from .padding import check_names, valid_rows
 from .plates import ModelPlate, read_plates
+from .rowwise import RowSteps
 
 
 class SubsampleSVI(SVI):
@@ -47,10 +50,22 @@ class SubsampleSVI(SVI):
         ``dynamic_subsample``.
     optim, loss, **static_kwargs
         As for ``numpyro.infer.SVI``.
+    rowwise : bool, default False
+        Let ``update``, ``stable_update`` and ``run`` step on the batch's rows alone:
+        of each parameter that holds the rows of a subsampled plate, and of the
+        optimizer's state for it, they take the batch's rows, step as ever, and write
+        these rows back. In a compiled step with a donated state,
+        ``jax.jit(svi.update, donate_argnums=0)``, time and temporary memory are then
+        those of the batch, whatever the size of the plate, if its rows are pinned;
+        NumPyro draws them by shuffling the whole plate. ``run`` donates by itself.
 
     Raises
     ------
     ValueError
+        When made with `rowwise`, if the optimizer does not go by gradients alone. By
+        a step with `rowwise`, if the optimizer mixes rows, as adafactor does; if the
+        guide is one joint distribution over the rows; if several particles draw rows
+        of their own; if a parameter with rows is read outside of its plate, too.
         By a step, if `indices` or `valid` name a plate that the model does not have;
         if indices are not a vector of integers as long as the model's
         ``subsample_size``, or lie outside of the plate, or the model pins rows of its
@@ -71,6 +86,13 @@ class SubsampleSVI(SVI):
 
     Notes
     -----
+    With `rowwise`, optimizers that leave alone what has no gradient (SGD, Adagrad,
+    with schedules too) give the very parameters of the ordinary steps. Others (Adam,
+    RMSProp, all with momentum or weight decay) let the rows outside of a batch rest,
+    instead of moving them by old moments: the lazy variant, known from PyTorch's
+    ``SparseAdam``, here with one count of steps for all rows. An optimizer that clips
+    gradients by a norm takes it over the batch's rows.
+
     Model code that mixes rows by itself, as the mean of a batch, sees the padded rows
     too. So does ``init`` where it looks for initial values, for which observations
     must be real in all rows.
@@ -91,10 +113,13 @@ class SubsampleSVI(SVI):
         guide: Callable,
         optim: Any,
         loss: Any,
+        *,
+        rowwise: bool = False,
         **static_kwargs: Any,
     ) -> None:
         guide = dynamic_subsample(guide, model=model)
         super().__init__(model, guide, optim, loss, **static_kwargs)
+        self._row_steps = RowSteps(self) if rowwise else None
 
     def init(
         self,
@@ -106,7 +131,9 @@ class SubsampleSVI(SVI):
         **kwargs: Any,
     ) -> SVIState:
         with self._batch(indices, valid, args, kwargs):
-            return super().init(rng_key, *args, init_params=init_params, **kwargs)
+            state = super().init(rng_key, *args, init_params=init_params, **kwargs)
+        # The guide keeps its initial values; a step may be allowed to overwrite these.
+        return jax.tree.map(jnp.copy, state)
 
     def update(
         self,
@@ -118,8 +145,10 @@ class SubsampleSVI(SVI):
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
         with self._batch(indices, valid, args, kwargs):
-            return super().update(
+            return self._step(
+                super().update,
                 svi_state,
+                valid,
                 *args,
                 forward_mode_differentiation=forward_mode_differentiation,
                 **kwargs,
@@ -135,12 +164,69 @@ class SubsampleSVI(SVI):
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
         with self._batch(indices, valid, args, kwargs):
-            return super().stable_update(
+            return self._step(
+                super().stable_update,
                 svi_state,
+                valid,
                 *args,
                 forward_mode_differentiation=forward_mode_differentiation,
                 **kwargs,
             )
+
+    def run(
+        self,
+        rng_key: jax.Array,
+        num_steps: int,
+        *args: Any,
+        progress_bar: bool = True,
+        stable_update: bool = False,
+        forward_mode_differentiation: bool = False,
+        init_state: SVIState | None = None,
+        init_params: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> SVIRunResult:
+        run_all = super().run
+
+        def run(num_steps: int, **options: Any) -> SVIRunResult:
+            return run_all(
+                rng_key,
+                num_steps,
+                *args,
+                stable_update=stable_update,
+                forward_mode_differentiation=forward_mode_differentiation,
+                **options,
+                **kwargs,
+            )
+
+        if self._row_steps is None or num_steps < 1:
+            return run(
+                num_steps,
+                progress_bar=progress_bar,
+                init_state=init_state,
+                init_params=init_params,
+            )
+
+        # A state that is not donated would be copied, with all of its rows.
+        @partial(jax.jit, static_argnums=0, donate_argnums=1)
+        def steps(count: int, state: SVIState) -> tuple[SVIState, jax.Array]:
+            result = run(count, progress_bar=False, init_state=state)
+            return result.state, result.losses
+
+        if init_state is None:
+            state = self.init(rng_key, *args, init_params=init_params, **kwargs)
+        else:
+            state = jax.tree.map(jnp.copy, init_state)
+        losses = []
+        at_once = max(num_steps // 20, 1) if progress_bar else num_steps
+        with tqdm(total=num_steps, disable=not progress_bar) as bar:
+            for done in range(0, num_steps, at_once):
+                count = min(at_once, num_steps - done)
+                state, of_steps = steps(count, state)
+                losses.append(of_steps)
+                if progress_bar:
+                    bar.set_postfix_str(f"loss: {of_steps.mean():.4f}", refresh=False)
+                bar.update(count)
+        return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
 
     def evaluate(
         self,
@@ -152,6 +238,30 @@ class SubsampleSVI(SVI):
     ) -> Any:
         with self._batch(indices, valid, args, kwargs):
             return super().evaluate(svi_state, *args, **kwargs)
+
+    def _step(
+        self,
+        step: Callable,
+        svi_state: SVIState,
+        valid: Mapping[str, ArrayLike] | None,
+        *args: Any,
+        forward_mode_differentiation: bool,
+        **kwargs: Any,
+    ) -> tuple[SVIState, Any]:
+        def ordinary(state: SVIState) -> tuple[SVIState, Any]:
+            return step(
+                state,
+                *args,
+                forward_mode_differentiation=forward_mode_differentiation,
+                **kwargs,
+            )
+
+        def evaluate(state: SVIState) -> Any:
+            return SVI.evaluate(self, state, *args, **kwargs)
+
+        if self._row_steps is None:
+            return ordinary(svi_state)
+        return self._row_steps(ordinary, evaluate, svi_state, valid or {})
 
     @contextmanager
     def _batch(

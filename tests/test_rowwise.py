@@ -1,0 +1,387 @@
+"""Steps on the batch's rows alone equal NumPyro's ordinary steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.infer import (
+    SVI,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+from numpyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuideList,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoSemiDAIS,
+)
+from numpyro.optim import Adagrad, Minimize
+
+from models import CASES, N, X
+from numpyro_dynamic_subsample import SubsampleSVI
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::numpyro_dynamic_subsample.MisalignedSubsampleWarning"
+)
+
+SCHEDULE = optax.exponential_decay(0.05, 2, 0.5)
+FORGETFUL = {
+    "sgd": optax.sgd(SCHEDULE),
+    "adagrad": optax.adagrad(0.1),
+    "numpyro's Adagrad": Adagrad(0.1, momentum=0.0),
+}
+
+
+def assert_equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def train(svi, batches, **static):
+    """Take a step per batch; a batch is (args, kwargs) of the step."""
+    update = jax.jit(svi.update, static_argnames=("size",))
+    state = svi.init(jax.random.key(0), *batches[0][0], **batches[0][1])
+    losses = []
+    for args, kwargs in batches:
+        state, loss = update(state, *args, **kwargs, **static)
+        losses.append(loss)
+    return svi.get_params(state), losses
+
+
+def sliced(batch):
+    """A model that is given the data of its rows."""
+    scale = numpyro.sample("scale", dist.LogNormal(0, 1))
+    with numpyro.plate("n", N, subsample_size=len(batch)):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(z, scale), obs=batch)
+
+
+def pinned(*many):
+    return [((X[rows],), {"indices": {"n": rows}}) for rows in map(jnp.array, many)]
+
+
+class PinnedSVI(SVI):
+    """NumPyro's own, with the rows pinned around each step."""
+
+    def init(self, key, *args, indices, **kwargs):
+        with handlers.substitute(data=indices):
+            return super().init(key, *args, **kwargs)
+
+    def update(self, state, *args, indices, **kwargs):
+        with handlers.substitute(data=indices):
+            return super().update(state, *args, **kwargs)
+
+
+def plates_of_sliced(batch):
+    return numpyro.plate("n", N, subsample_size=len(batch))
+
+
+ROWS = ([5, 0, 3], [3, 1, 0], [6, 6, 3], [2, 4, 2], [3, 3, 3])
+
+
+@pytest.mark.parametrize("name", FORGETFUL)
+def test_parameters_equal_those_of_svi(name):
+    optim = FORGETFUL[name]
+    theirs = AutoNormal(sliced, create_plates=plates_of_sliced)
+    theirs = train(PinnedSVI(sliced, theirs, optim, Trace_ELBO()), pinned(*ROWS))
+    ours = SubsampleSVI(sliced, AutoNormal(sliced), optim, Trace_ELBO(), rowwise=True)
+    assert_equal(train(ours, pinned(*ROWS)), theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("one latent", 3),
+        ("one latent", N),
+        ("nested plates", 3),
+        ("every primitive", 3),
+    ],
+)
+def test_rows_are_drawn_as_by_svi(name, size):
+    model, plates = CASES[name]
+    # At full size a step is the ordinary one, of whatever optimizer.
+    optim = optax.adam(0.1) if size == N else optax.adagrad(0.1)
+    theirs = AutoNormal(model, create_plates=plates)
+    steps = [((), {"size": size})] * 3
+    theirs = train(SVI(model, theirs, optim, Trace_ELBO()), steps)
+    ours = SubsampleSVI(model, AutoNormal(model), optim, Trace_ELBO(), rowwise=True)
+    assert_equal(train(ours, steps), theirs)
+
+
+def by_hand(batch):
+    """A guide with parameters whose rows are in an axis between others."""
+    scale = numpyro.param("scale_loc", 1.0, constraint=constraints.positive)
+    numpyro.sample("scale", dist.LogNormal(0.0, scale))
+    with numpyro.plate("n", N, subsample_size=len(batch)):
+        loc = numpyro.param("loc", jnp.zeros((1, N, 2)), event_dim=1)
+        weights = numpyro.param(
+            "w", jnp.full((N, 3), 1 / 3), event_dim=1, constraint=constraints.simplex
+        )
+        loc = loc.sum((0, 2)) + weights[:, 0]
+        numpyro.sample("z", dist.Normal(loc, weights[:, 1]))
+
+
+def grid(batch):
+    """Latents for rows and columns whose dims are not next to each other."""
+    rows = numpyro.plate("n", N, subsample_size=len(batch), dim=-3)
+    columns = numpyro.plate("m", 4, subsample_size=2, dim=-1)
+    with rows, columns as j:
+        z = numpyro.sample("z", dist.Normal(jnp.zeros(2), 1).to_event(1))
+        y = batch[:, None, None] + j
+        numpyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+
+def local(batch):
+    with numpyro.plate("n", N, subsample_size=len(batch)):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(z, 1.0), obs=batch)
+
+
+def enumerated(batch):
+    with numpyro.plate("n", N, subsample_size=len(batch)):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        c = numpyro.sample("c", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        numpyro.sample("y", dist.Normal(z + c, 1.0), obs=batch)
+
+
+def counting(batch):
+    """A model with a state of its own, which counts the steps."""
+    steps = numpyro.primitives.mutable("steps", {"count": jnp.zeros(())})
+    steps["count"] = steps["count"] + 1
+    local(batch + 0.1 * steps["count"])
+
+
+def two_guides(model):
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(handlers.block(model, hide=["z"])))
+    guide.append(AutoDelta(handlers.block(model, hide=["scale"]), prefix="delta"))
+    return guide
+
+
+def dais(model):
+    return AutoSemiDAIS(model, model, K=2)
+
+
+def normal_of_z(model):
+    return AutoNormal(handlers.block(model, hide=["c"]))
+
+
+SERVED = {
+    "AutoDelta": (sliced, AutoDelta, Trace_ELBO()),
+    "AutoGuideList": (sliced, two_guides, Trace_ELBO()),
+    "AutoSemiDAIS": (local, dais, Trace_ELBO()),
+    "by hand": (sliced, lambda model: by_hand, Trace_ELBO()),
+    "dims apart": (grid, AutoNormal, Trace_ELBO()),
+    "particles": (local, AutoNormal, Trace_ELBO(num_particles=2)),
+    "mutable state": (counting, AutoNormal, Trace_ELBO()),
+    "TraceMeanField_ELBO": (sliced, AutoNormal, TraceMeanField_ELBO()),
+    "TraceGraph_ELBO": (local, AutoNormal, TraceGraph_ELBO()),
+    "RenyiELBO": (local, AutoNormal, RenyiELBO(num_particles=2)),
+    "TraceEnum_ELBO": (enumerated, normal_of_z, TraceEnum_ELBO()),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_guides_and_objectives_take_rows(name):
+    model, guide, loss = SERVED[name]
+
+    def trained(**options):
+        svi = SubsampleSVI(model, guide(model), optax.sgd(0.05), loss, **options)
+        return train(svi, pinned(*ROWS[:3]))
+
+    assert_equal(trained(rowwise=True), trained())
+
+
+def test_lazy_optimizers_let_other_rows_rest():
+    # Always the same rows: for these, nothing is lazy.
+    batches = pinned(*[[5, 0, 3]] * 4)
+    svi = [
+        SubsampleSVI(local, AutoNormal(local), optax.adam(0.1), Trace_ELBO(), rowwise=r)
+        for r in (True, False)
+    ]
+    start = svi[0].get_params(svi[0].init(jax.random.key(0), *batches[0][0]))
+    (ours, losses), (theirs, of_theirs) = (train(one, batches) for one in svi)
+    assert_equal(losses, of_theirs)
+    others = jnp.array([1, 2, 4, 6, 7])
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value[others], start[name][others])
+        np.testing.assert_array_equal(
+            value[batches[0][1]["indices"]["n"]], theirs[name][jnp.array([5, 0, 3])]
+        )
+        assert (value[jnp.array([5, 0, 3])] != start[name][jnp.array([5, 0, 3])]).all()
+
+
+CAPACITY = 5
+
+
+@pytest.fixture(scope="module")
+def padded_and_not():
+    """A padded step, and an unpadded one, with a common start."""
+    svi = SubsampleSVI(
+        sliced, AutoNormal(sliced), optax.adam(0.1), Trace_ELBO(), rowwise=True
+    )
+    compiled = []
+
+    def padded(*args, **kwargs):
+        compiled.append(1)
+        return svi.update(*args, **kwargs)
+
+    state = svi.init(jax.random.key(0), X[:3], indices={"n": jnp.arange(3)})
+    return state, jax.jit(padded), jax.jit(svi.update), compiled
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_padded_steps_equal_unpadded_ones(padded_and_not, data):
+    state, padded, unpadded, compiled = padded_and_not
+    for _ in range(2):
+        n = data.draw(st.sampled_from([2, CAPACITY]))
+        rows = st.lists(st.integers(0, N - 1), min_size=CAPACITY, max_size=CAPACITY)
+        rows = np.array(data.draw(rows))
+        # What fills up is any row, be it in the batch or not.
+        ours = padded(state, X[rows], indices={"n": rows}, valid={"n": n})
+        theirs = unpadded(state, X[rows[:n]], indices={"n": rows[:n]})
+        assert_equal(
+            jax.random.key_data(ours[0].rng_key), jax.random.key_data(theirs[0].rng_key)
+        )
+        assert_equal(ours[0].optim_state, theirs[0].optim_state)
+        assert_equal(ours[1], theirs[1])
+        state = ours[0]
+    assert len(compiled) == 1
+
+
+def test_a_run_donates_and_keeps_what_is_the_users():
+    ours = SubsampleSVI(
+        local, AutoNormal(local), optax.sgd(0.05), Trace_ELBO(), rowwise=True
+    )
+    theirs = SVI(
+        local,
+        AutoNormal(local, create_plates=plates_of_sliced),
+        optax.sgd(0.05),
+        Trace_ELBO(),
+    )
+    key = jax.random.key(0)
+    batch = X[:3]
+    for bar in (True, False):
+        first = ours.run(key, 5, batch, progress_bar=bar)
+        expected = theirs.run(key, 5, batch, progress_bar=False)
+        assert_equal((first.params, first.losses), (expected.params, expected.losses))
+    second = ours.run(key, 3, batch, progress_bar=False, init_state=first.state)
+    expected = theirs.run(key, 3, batch, progress_bar=False, init_state=expected.state)
+    assert_equal(second.params, expected.params)
+    assert_equal(first.params, ours.get_params(first.state))
+
+
+def test_a_step_costs_the_batch():
+    def temporary_bytes(size):
+        def model(batch):
+            with numpyro.plate("n", size, subsample_size=len(batch)):
+                z = numpyro.sample("z", dist.Normal(0, 1))
+                numpyro.sample("y", dist.Normal(z, 1.0), obs=batch)
+
+        svi = SubsampleSVI(
+            model, AutoNormal(model), optax.adam(0.1), Trace_ELBO(), rowwise=True
+        )
+        rows = {"n": jnp.arange(3)}
+        state = svi.init(jax.random.key(0), X[:3], indices=rows)
+        step = jax.jit(svi.update, donate_argnums=0)
+        memory = step.lower(state, X[:3], indices=rows).compile().memory_analysis()
+        # In place: nothing of the state is there twice.
+        assert memory.alias_size_in_bytes >= 6 * 4 * size
+        return memory.temp_size_in_bytes
+
+    assert temporary_bytes(1_000) == temporary_bytes(100_000)
+
+
+def outside(batch):
+    loc = numpyro.param("loc", jnp.zeros(N), event_dim=0)
+    with numpyro.plate("n", N, subsample_size=len(batch)):
+        loc = numpyro.param("loc", jnp.zeros(N), event_dim=0)
+        numpyro.sample("z", dist.Normal(loc, 1.0))
+
+
+def across(batch):
+    with numpyro.plate("n", N, subsample_size=len(batch)):
+        loc = numpyro.param(
+            "loc", jnp.zeros(N), event_dim=0, constraint=constraints.zero_sum(1)
+        )
+        numpyro.sample("z", dist.Normal(loc, 1.0))
+
+
+def list_with_joint(model):
+    guide = AutoGuideList(model)
+    guide.append(AutoDelta(handlers.block(model, hide=["z"])))
+    guide.append(AutoMultivariateNormal(handlers.block(model, hide=["scale"])))
+    return guide
+
+
+ADAM = optax.adam(0.1)
+REFUSED = {
+    "adafactor": (
+        optax.adafactor(0.1),
+        AutoNormal,
+        r"mixes rows of plate 'n' \(size 8\).*\['z_auto_loc'\].*optax.adam",
+    ),
+    "lamb": (
+        optax.lamb(0.1),
+        AutoNormal,
+        r"mixes rows of plate 'n' \(size 8\).*_auto_loc.*leave rowwise out",
+    ),
+    "MultiSteps": (
+        optax.MultiSteps(ADAM, 2).gradient_transformation(),
+        AutoNormal,
+        "MultiSteps adds up",
+    ),
+    "joint": (
+        ADAM,
+        AutoMultivariateNormal,
+        r"AutoMultivariateNormal is one joint.*plate 'n' \(size 8\).*Use AutoNormal",
+    ),
+    "joint in a list": (ADAM, list_with_joint, "AutoMultivariateNormal is one joint"),
+    "read outside": (
+        ADAM,
+        lambda model: outside,
+        "'loc' holds rows of plate 'n' .*outside",
+    ),
+    "constrained across": (
+        ADAM,
+        lambda model: across,
+        "'loc' is constrained to .* across the rows of plate 'n'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_row_by_row_is_an_error(name):
+    optim, guide, message = REFUSED[name]
+    svi = SubsampleSVI(sliced, guide(sliced), optim, Trace_ELBO(), rowwise=True)
+    state = svi.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(svi.update, state, X[:3])
+
+
+def test_minimize_is_refused():
+    with pytest.raises(ValueError, match="Minimize optimises all parameters together"):
+        SubsampleSVI(local, AutoNormal(local), Minimize(), Trace_ELBO(), rowwise=True)
+
+
+def test_particles_that_draw_rows_are_refused():
+    loss = Trace_ELBO(num_particles=2)
+    svi = SubsampleSVI(local, AutoNormal(local), ADAM, loss, rowwise=True)
+    state = svi.init(jax.random.key(0), X[:3])
+    message = (
+        r"2 particles draws rows of its own from plate 'n' \(size 8\).*indices=\{'n'"
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(svi.update, state, X[:3])
