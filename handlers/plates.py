@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -182,6 +183,41 @@ def check_subsample_size(name: str, size: int, subsample_size: int) -> None:
     )
 
 
+class PlatesOf(Messenger):
+    """Spares a model further readings of its plates, for the arguments of one call.
+
+    Parameters
+    ----------
+    model, args, kwargs : callable, tuple, dict
+        The model, and what it is called with.
+    plates : dict of str to ModelPlate
+        Those of its plates that have been read.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        plates: dict[str, ModelPlate],
+    ) -> None:
+        super().__init__()
+        self._run = (model, args, kwargs)
+        self.plates = plates
+
+    def answers(
+        self, model: Callable, args: tuple, kwargs: dict[str, Any], names: Collection
+    ) -> bool:
+        """Tell whether these plates of this model are known, called with this."""
+        own_model, own_args, own_kwargs = self._run
+        if model != own_model or kwargs.keys() != own_kwargs.keys():
+            return False
+        given = (*args, *(kwargs[name] for name in own_kwargs))
+        own = (*own_args, *own_kwargs.values())
+        same = len(given) == len(own) and all(map(operator.is_, given, own))
+        return same and self.plates.keys() >= set(names)
+
+
 def read_plates(
     model: Callable,
     args: tuple,
@@ -212,6 +248,12 @@ def read_plates(
     ValueError
         If a plate is asked for fewer rows than one, or for more than it has.
     """
+    if until is not None:
+        for known in _PYRO_STACK:
+            if isinstance(known, PlatesOf) and known.answers(
+                model, args, kwargs, until
+            ):
+                return known.plates
     plates: dict[str, ModelPlate] = {}
 
     with rehearsal() as outside:

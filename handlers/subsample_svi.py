@@ -20,7 +20,7 @@ from .alignment import ScoreFunctionWatcher, keeps_rows_in_order
 from .dynamic_subsample import dynamic_subsample
 from .guide_call import GuideCall, check_rows
 from .padding import check_names, valid_rows
-from .plates import ModelPlate, read_plates
+from .plates import ModelPlate, PlatesOf, read_plates
 from .rowwise import RowSteps
 
 
@@ -278,16 +278,21 @@ class SubsampleSVI(SVI):
             for name, rows in (indices or {}).items()
         }
         counts = valid_rows(valid)
+        run = (self.model, args, {**kwargs, **self.static_kwargs})
+        plates: dict[str, ModelPlate] = {}
         if pins or valid:
-            run = (self.model, args, {**kwargs, **self.static_kwargs})
-            plates = read_plates(*run, until=pins.keys() | valid.keys())
+            # The guide's, too, which is then spared a reading of its own.
+            of_guide = getattr(self.guide, "_prototype_frames", None) or {}
+            until = pins.keys() | valid.keys() | of_guide.keys()
+            plates = read_plates(*run, until=until)
             check_names("indices", pins, plates)
             check_names("valid", valid, plates)
             for name, rows in pins.items():
                 _check_indices(plates[name], rows)
         data = {name: jnp.asarray(rows) for name, rows in pins.items()}
         watcher = self._score_function_watcher()
-        with counts, substitute(data=data), watcher, dynamic_subsample():
+        known = PlatesOf(*run, plates)
+        with known, counts, substitute(data=data), watcher, dynamic_subsample():
             for name in valid:
                 rows = data.get(name, plates[name].rows)
                 if rows is not None and len(rows) == plates[name].size:
