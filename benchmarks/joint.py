@@ -153,5 +153,5 @@ def race(guide: str, budget: float, rates: tuple[float, ...]) -> Found:
 
 def cases(quick: bool) -> list[Case]:
     guides = list(GUIDES)[:1] if quick else GUIDES
-    budget, rates = (0.5, RATES[-1:]) if quick else (6.0, RATES)
+    budget, rates = (1.0, RATES[-1:]) if quick else (4.0, RATES)
     return [Case(guide, partial(race, guide, budget, rates)) for guide in guides]
