@@ -192,20 +192,13 @@ def checkpoints(directory: Path) -> Any:
 
 def newest(saved: Any, contents: Any) -> tuple[int, Any]:
     """Restore the newest checkpoint that can be read, or (0, None) if there is none."""
-    damaged = []
     for step in sorted(saved.all_steps(), reverse=True):
         try:
-            restored = saved.restore(step, args=contents)
+            return step, saved.restore(step, args=contents)
         except Exception as error:  # its type depends on what was cut short
-            damaged.append(step)
             why = str(error).partition("\n")[0]
             print(f"Checkpoint {step} in {saved.directory} is damaged: {why}")
-            continue
-        # As long as they are there, nothing is saved at their steps.
-        for other in damaged:
-            saved.delete(other)
-        return step, restored
-    if damaged:
+    if saved.all_steps():
         raise SystemExit(f"Remove {saved.directory}: no checkpoint in it can be read.")
     return 0, None
 

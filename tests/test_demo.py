@@ -128,7 +128,7 @@ def test_killed_fit_resumes(ratings, tmp_path):
 
 
 ON_FOUR_DEVICES = """
-import json
+import json, sys
 import numpy as np
 from numpyro_dynamic_subsample import __main__ as demo
 
@@ -138,16 +138,19 @@ def report(fit, quick):
     print(json.dumps([fit.losses, fit.compilations, shapes]))
 
 demo.report = report
-demo.main(["--epochs", "2", "--devices", "4"])
+demo.main(["--epochs", "12", "--devices", "4", "--checkpoint", *sys.argv[1:]])
 """
 
 
-def test_fit_on_several_devices(ratings):
-    program = [sys.executable, "-c", ON_FOUR_DEVICES]
+def test_fit_on_several_devices(ratings, tmp_path):
+    program = [sys.executable, "-c", ON_FOUR_DEVICES, tmp_path]
     out = subprocess.run(program, check=True, capture_output=True, text=True).stdout
     losses, compilations, shapes = json.loads(out.splitlines()[-1])
-    np.testing.assert_allclose(losses, fit(ratings, 2, 128, 0).losses, rtol=1e-5)
     assert compilations == 1
+    # What was saved there can be resumed on another number of devices.
+    for saved in (None, checkpoints(tmp_path / "epochs12-batch128-seed0")):
+        on_one = fit(ratings, 12, 128, 0, saved)
+        np.testing.assert_allclose(on_one.losses, losses, rtol=1e-5)
     assert shapes == [[2, 3], [3, 8], []]
 
 
