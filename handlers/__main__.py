@@ -241,7 +241,7 @@ def fit(
     # Where that cannot be seen, take a bound; or leave the capacity out, for one
     # compilation per power of two.
     capacity = largest(ratings, shuffles(epochs, seed), batch_size)
-    capacity += -capacity % devices
+    capacity += -capacity % devices  # JAX splits into equal parts only
     first = next(batches(ratings, next(shuffles(1, seed)), batch_size, capacity))
     now: dict[str, Any] = {
         "state": spread(init(jax.random.key(seed), first), devices),

@@ -10,15 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
-from numpyro.infer import Trace_ELBO
-from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.svi import SVIState
-from resumable import BATCH, DATA, SAVE_EVERY, fit, model, step_of
+from resumable import BATCH, SAVE_EVERY, fit
 
-from numpyro_dynamic_subsample import SubsampleSVI
 from numpyro_dynamic_subsample.__main__ import newest
 
 SCRIPT = Path(__file__).with_name("resumable.py")
@@ -82,27 +78,6 @@ def test_killed_fit_ends_as_the_uninterrupted_one(tmp_path, capsys):
         refusal = f"Checkpoint {last} in {directory} is damaged: "
         assert (refusal in capsys.readouterr().out) == (directory is cut)
         assert steps_in(directory)[-1] == len(losses)
-
-
-def test_guide_needs_nothing_but_its_parameters():
-    one, other = (
-        SubsampleSVI(model, AutoNormal(model), optax.sgd(0.01), Trace_ELBO())
-        for _ in range(2)
-    )
-    (batch, rows), count = step_of(np.arange(100, 110))
-    told = {"indices": {"rows": rows}, "valid": {"rows": count}}
-    state = one.init(jax.random.key(0), batch, **told)
-    state, _ = one.update(state, batch, **told)
-    rows = np.arange(5)
-    anew = other.init(
-        jax.random.key(1),
-        DATA[rows],
-        indices={"rows": rows},
-        init_params=one.get_params(state),
-    )
-    loss = other.evaluate(anew._replace(rng_key=state.rng_key), batch, **told)
-    # NumPyro constrains and unconstrains the scales on the way.
-    assert loss == pytest.approx(one.evaluate(state, batch, **told), rel=1e-6)
 
 
 def state_at(step):
