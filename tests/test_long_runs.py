@@ -69,8 +69,8 @@ def test_many_steps():
     (objects_before, arrays_before, before), (objects_after, arrays_after, after) = kept
     assert arrays_after == arrays_before
     assert objects_after < objects_before + 100
-    # Of a step, not even its rows, as one object of Python.
-    assert after - before < 90_000 * 16
+    # Keeping one small array of each step would take more.
+    assert after - before < 90_000 * 100
 
 
 def test_many_compilations():
