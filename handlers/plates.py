@@ -108,6 +108,7 @@ class _Outside(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.pinned: set[str] = set()
+        self.gives_params = False
         self._pins = [
             handler
             for handler in reversed(_PYRO_STACK)
@@ -121,9 +122,13 @@ class _Outside(Messenger):
                 handler.process_message(msg)
             if msg["value"] is not inner:
                 self.pinned.add(msg["name"])
-        elif msg["type"] == "mutable":
-            # The model may write into this container, which is the user's.
-            msg["value"] = jax.tree.map(lambda leaf: leaf, msg["value"])
+        elif msg["type"] in ("param", "mutable"):
+            # Parameters with rows may be those of the batch only.
+            if self.gives_params and msg["kwargs"].get("event_dim") is None:
+                for handler in self._pins:
+                    handler.process_message(msg)
+            # The model may write into a container, which is the user's.
+            msg["value"] = jax.tree.map(jax.lax.stop_gradient, msg["value"])
 
 
 def _any_value(msg: dict[str, Any]) -> Any:
@@ -257,6 +262,8 @@ def read_plates(
     plates: dict[str, ModelPlate] = {}
 
     with rehearsal() as outside:
+        # Networks would else be initialised, and that at every reading.
+        outside.gives_params = True
 
         def watched(
             subsample: _Subsample,
