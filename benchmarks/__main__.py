@@ -1,8 +1,8 @@
 """Measure this library beside what one would use instead.
 
-Each pair takes turns in one process, or runs in processes of its own. Warm-up rounds
-are left out, all results are waited for, and answers are compared before times are
-believed.
+Steps, first calls and later epochs take turns in one process, and are medians without
+warm-up rounds. First epochs, fits and peers are single runs, one after the other. All
+results are waited for.
 """
 
 import argparse
