@@ -130,7 +130,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> SVIState:
-        with self._batch(indices, valid, args, kwargs):
+        with self._batch(None, indices, valid, args, kwargs):
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         # The guide keeps its initial values; a step may be allowed to overwrite these.
         return jax.tree.map(jnp.copy, state)
@@ -144,7 +144,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
-        with self._batch(indices, valid, args, kwargs):
+        with self._batch(svi_state, indices, valid, args, kwargs):
             return self._step(
                 super().update,
                 svi_state,
@@ -163,7 +163,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
-        with self._batch(indices, valid, args, kwargs):
+        with self._batch(svi_state, indices, valid, args, kwargs):
             return self._step(
                 super().stable_update,
                 svi_state,
@@ -236,7 +236,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> Any:
-        with self._batch(indices, valid, args, kwargs):
+        with self._batch(svi_state, indices, valid, args, kwargs):
             return super().evaluate(svi_state, *args, **kwargs)
 
     def _step(
@@ -266,6 +266,7 @@ class SubsampleSVI(SVI):
     @contextmanager
     def _batch(
         self,
+        svi_state: SVIState | None,
         indices: Mapping[str, ArrayLike] | None,
         valid: Mapping[str, ArrayLike] | None,
         args: tuple,
@@ -284,7 +285,8 @@ class SubsampleSVI(SVI):
             # The guide's, too, which is then spared a reading of its own.
             of_guide = getattr(self.guide, "_prototype_frames", None) or {}
             until = pins.keys() | valid.keys() | of_guide.keys()
-            plates = read_plates(*run, until=until)
+            with substitute(data=self._networks(svi_state)):
+                plates = read_plates(*run, until=until)
             check_names("indices", pins, plates)
             check_names("valid", valid, plates)
             for name, rows in pins.items():
@@ -300,6 +302,14 @@ class SubsampleSVI(SVI):
             if valid:
                 self._check_counts_can_be_used(valid)
             yield
+
+    def _networks(self, svi_state: SVIState | None) -> dict[str, Any]:
+        """Return what would be made anew, at some cost, for a model that lacks it."""
+        if svi_state is None:
+            return {}
+        params = self.optim.get_params(svi_state.optim_state)
+        networks = {name: own for name, own in params.items() if isinstance(own, dict)}
+        return networks | (svi_state.mutable_state or {})
 
     def _score_function_watcher(self) -> AbstractContextManager:
         # A handler cannot tell this objective from the others; here it is known.
