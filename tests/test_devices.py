@@ -1,5 +1,6 @@
 """Sharding over devices changes where steps are computed, and nothing else."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from sharded import FORMS, ROWS, train
 
 SCRIPT = Path(__file__).with_name("sharded.py")
-TIMEOUT = 300
+TIMEOUT = 150
 
 
 def free_port():
@@ -27,9 +28,14 @@ def train_elsewhere(path, forms, devices, processes):
     if processes > 1:
         address = f"127.0.0.1:{free_port()}"
         each = [[address, str(n), str(processes)] for n in range(processes)]
+    # NumPyro adds sites up in the order of a set, and processes with different
+    # programs wait for each other for ever.
+    environment = os.environ | {"PYTHONHASHSEED": "0"}
     started = [
-        subprocess.Popen([*command, *of_process], stderr=subprocess.PIPE, text=True)
-        for of_process in each
+        subprocess.Popen(
+            [*command, *own], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for own in each
     ]
     try:
         for process in started:
@@ -38,7 +44,7 @@ def train_elsewhere(path, forms, devices, processes):
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.communicate()
     return np.load(path)
 
 
