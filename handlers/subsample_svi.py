@@ -144,15 +144,11 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
-        with self._batch(svi_state, indices, valid, args, kwargs):
-            return self._step(
-                super().update,
-                svi_state,
-                valid,
-                *args,
-                forward_mode_differentiation=forward_mode_differentiation,
-                **kwargs,
-            )
+        step = partial(
+            super().update,
+            forward_mode_differentiation=forward_mode_differentiation,
+        )
+        return self._step(step, svi_state, indices, valid, args, kwargs)
 
     def stable_update(
         self,
@@ -163,15 +159,11 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
-        with self._batch(svi_state, indices, valid, args, kwargs):
-            return self._step(
-                super().stable_update,
-                svi_state,
-                valid,
-                *args,
-                forward_mode_differentiation=forward_mode_differentiation,
-                **kwargs,
-            )
+        step = partial(
+            super().stable_update,
+            forward_mode_differentiation=forward_mode_differentiation,
+        )
+        return self._step(step, svi_state, indices, valid, args, kwargs)
 
     def run(
         self,
@@ -243,25 +235,21 @@ class SubsampleSVI(SVI):
         self,
         step: Callable,
         svi_state: SVIState,
+        indices: Mapping[str, ArrayLike] | None,
         valid: Mapping[str, ArrayLike] | None,
-        *args: Any,
-        forward_mode_differentiation: bool,
-        **kwargs: Any,
+        args: tuple,
+        kwargs: dict[str, Any],
     ) -> tuple[SVIState, Any]:
         def ordinary(state: SVIState) -> tuple[SVIState, Any]:
-            return step(
-                state,
-                *args,
-                forward_mode_differentiation=forward_mode_differentiation,
-                **kwargs,
-            )
+            return step(state, *args, **kwargs)
 
         def evaluate(state: SVIState) -> Any:
             return SVI.evaluate(self, state, *args, **kwargs)
 
-        if self._row_steps is None:
-            return ordinary(svi_state)
-        return self._row_steps(ordinary, evaluate, svi_state, valid or {})
+        with self._batch(svi_state, indices, valid, args, kwargs):
+            if self._row_steps is None:
+                return ordinary(svi_state)
+            return self._row_steps(ordinary, evaluate, svi_state, valid or {})
 
     @contextmanager
     def _batch(
