@@ -105,10 +105,10 @@ class _PlateWatcher(Messenger):
 class _Outside(Messenger):
     """Stands for what is around a rehearsal and must still be felt inside."""
 
-    def __init__(self) -> None:
+    def __init__(self, gives_params: bool) -> None:
         super().__init__()
         self.pinned: set[str] = set()
-        self.gives_params = False
+        self._gives_params = gives_params
         self._pins = [
             handler
             for handler in reversed(_PYRO_STACK)
@@ -124,7 +124,7 @@ class _Outside(Messenger):
                 self.pinned.add(msg["name"])
         elif msg["type"] in ("param", "mutable"):
             # Parameters with rows may be those of the batch only.
-            if self.gives_params and msg["kwargs"].get("event_dim") is None:
+            if self._gives_params and msg["kwargs"].get("event_dim") is None:
                 for handler in self._pins:
                     handler.process_message(msg)
             # The model may write into a container, which is the user's.
@@ -143,12 +143,12 @@ def _any_value(msg: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def rehearsal() -> Generator[_Outside]:
+def rehearsal(*, gives_params: bool = False) -> Generator[_Outside]:
     """Let a model run in here unseen: no trace of it, none of the callers' keys spent.
 
-    Pins of plates reach it from outside all the same.
+    Pins of plates reach it from outside all the same, and parameters if wanted.
     """
-    outside = _Outside()
+    outside = _Outside(gives_params)
     with (
         handlers.block(),
         outside,
@@ -261,9 +261,8 @@ def read_plates(
                 return known.plates
     plates: dict[str, ModelPlate] = {}
 
-    with rehearsal() as outside:
-        # Networks would else be initialised, and that at every reading.
-        outside.gives_params = True
+    # Without their parameters, networks would be initialised at every reading.
+    with rehearsal(gives_params=True) as outside:
 
         def watched(
             subsample: _Subsample,
