@@ -1,24 +1,24 @@
-"""Decide which order a model's data have, and whether they follow a plate's rows."""
+"""Warn where latents of some rows are trained on, or paired with, data of others."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.errors import JAXTypeError
-from numpyro.handlers import mask, substitute, trace
-from numpyro.ops.provenance import eval_provenance
-from numpyro.primitives import _PYRO_STACK, Messenger
+from numpyro.handlers import substitute, trace
 from numpyro.util import find_stack_level
 
-from .plates import rehearsal
+from . import internals
+from .guide_call import GuideCall
+from .internals import Handler, Tracer
+from .plates import PlateRows, hidden_run
 
 
 class MisalignedSubsampleWarning(UserWarning):
@@ -31,89 +31,7 @@ class MisalignedSubsampleWarning(UserWarning):
     """
 
 
-class Drawn(NamedTuple):
-    """A plate of a guide that drew some of its rows, and the latents in it."""
-
-    name: str
-    size: int
-    rows: jax.Array
-    latents: list[str]
-
-
-def joint_depends_on_rows(
-    model: Callable, args: tuple, kwargs: dict[str, Any], name: str, rows: jax.Array
-) -> bool:
-    """Tell whether the log joint density depends on the rows that a plate takes.
-
-    It is data flow in the jaxpr that decides, be it through indexing,
-    ``numpyro.subsample`` or anything else.
-    """
-
-    def log_joint(rows: jax.Array) -> list[jax.Array]:
-        with rehearsal(), trace() as sites, substitute(data={name: rows}):
-            model(*args, **kwargs)
-        return [_log_density(s) for s in sites.values() if s["type"] == "sample"]
-
-    return any(eval_provenance(log_joint, rows=rows))
-
-
-class _GatheringWatcher(Messenger):
-    """Notes which primitives leave it to a plate to take their rows."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self._name = name
-        self.seen: set[str] = set()
-
-    def postprocess_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] not in ("subsample", "param"):
-            return
-        event_dim = msg["kwargs"].get("event_dim")
-        if event_dim is None:
-            return
-        shape = jnp.shape(msg["value"])
-        # A message of `subsample` does not say which plates it stands in.
-        for handler in _PYRO_STACK:
-            if getattr(handler, "name", None) == self._name:
-                axis = getattr(handler, "dim", 0) - event_dim
-                if axis < 0 and len(shape) >= -axis and shape[axis] != 1:
-                    self.seen.add(msg["type"])
-
-
-def keeps_rows_in_order(
-    model: Callable, args: tuple, kwargs: dict[str, Any], name: str, rows: jax.Array
-) -> bool:
-    """Tell whether a model ignores the order in which all rows of a plate are pinned.
-
-    NumPyro gathers the rows of ``numpyro.subsample`` and of parameters only in a
-    plate that takes fewer rows than it has, so with all rows pinned these stay in
-    order. Data that the model indexes, or gets already sliced, are in the pinned one.
-
-    Raises
-    ------
-    ValueError
-        If the model does both.
-    """
-    watcher = _GatheringWatcher(name)
-    with rehearsal(), watcher:
-        model(*args, **kwargs)
-    if not watcher.seen:
-        return False
-    if watcher.seen == {"param"} or joint_depends_on_rows(
-        model, args, kwargs, name, rows
-    ):
-        raise ValueError(
-            f"All {rows.shape[0]} rows of plate '{name}' are pinned in an order of "
-            "their own. NumPyro then leaves numpyro.subsample and parameters with "
-            "event_dim in the original order, while other data of the model are in "
-            "the pinned one, and they cannot be lined up. Index data and parameters "
-            f"with the plate's indices instead: with numpyro.plate('{name}', ...) as "
-            "idx: x[idx]."
-        )
-    return True
-
-
-# Per guide, what has been looked at. A copy of a guide is another guide.
+# Per guide, what it has been looked at for. A copy of a guide is another guide.
 _looked_at: WeakKeyDictionary[Any, set[tuple[str, str]]] = WeakKeyDictionary()
 
 
@@ -128,60 +46,85 @@ def looked_at(guide: Any) -> set[tuple[str, str]]:
         return set()
 
 
-def check_drawn_rows(
-    guide: Callable,
-    model: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    plate: Drawn,
-    around: Callable[[], AbstractContextManager],
-    apart: str | None,
-) -> None:
+def check_drawn_rows(guide: Callable, call: GuideCall, rerun: Callable) -> None:
     """Warn if latents follow the rows that a plate drew, and their data do not.
 
     Parameters
     ----------
-    guide, model : callable
-        The guide that has drawn the rows, and the model that it follows.
-    args, kwargs : tuple, dict
-        What both are called with.
-    plate : Drawn
-        The plate, its rows, and the guide's latents in it.
-    around : callable
-        Makes what the guide has to run in to take its rows from handlers around it.
-    apart : str or None
-        Who runs the model such that it draws other rows than the guide, if anybody.
+    guide : callable
+        The guide that has run.
+    call : GuideCall
+        The call, with the records of its plates.
+    rerun : callable
+        Runs the guide once more, within a ``GuideCall``, with the same arguments.
 
     Notes
     -----
     Latents whose density in the guide does not depend on the rows, as those of an
     amortised guide, belong to whatever data the batch holds, and nothing is wrong.
     """
-    name, _, rows, latents = plate
-    done = looked_at(guide)
-    key = ("rows" if apart is None else apart, name)
-    if key in done:
-        return
+    for name, latents in call.latents.items():
+        plate = call.plates.get(name)
+        if plate is None or not plate.drawn or plate.subsample_size == plate.size:
+            continue
+        apart = _drawn_apart(call)
+        key = ("rows" if apart is None else apart, name)
+        done = looked_at(guide)
+        if key in done:
+            continue
+        message = _message(plate, latents, call, rerun, apart)
+        if message is not None:
+            warn(message)
+        done.add(key)
+
+
+def warn(message: str, category: type[Warning] = MisalignedSubsampleWarning) -> None:
+    """Give a warning whose place is the user's line."""
+    warnings.warn(message, category, stacklevel=find_stack_level())
+
+
+def _message(
+    plate: PlateRows,
+    latents: list[str],
+    call: GuideCall,
+    rerun: Callable,
+    apart: str | None,
+) -> str | None:
+    def run_guide(*args: Any, **kwargs: Any) -> None:
+        with GuideCall(*call.run, plates=_undrawn(call.plates)):
+            rerun(*args, **kwargs)
+
+    _, *arguments = call.run
     try:
-        depends = _provenance(guide, args, kwargs, name, rows, inside=around)
-        latents = [site for site in latents if "rows" in depends.get(site, ())]
-        if latents and apart is not None:
-            _warn(_drawn_apart(plate, latents, apart))
-        elif latents and not _data_follow_rows(model, args, kwargs, name, rows):
-            _warn(_not_indexed(plate, latents))
-    except JAXTypeError:
-        # Needs concrete values, so that nothing can be said about this call.
-        return
-    done.add(key)
+        of_guide = _provenance(run_guide, *arguments, plate)
+        latents = [site for site in latents if "rows" in of_guide.get(site, ())]
+        if not latents:
+            return None
+        if apart is not None:
+            return _drawn_apart_message(plate, latents, apart)
+        of_data = _provenance(
+            *call.run, plate, inside=_ParamsOfAnyRows(), observed=True
+        )
+    except Exception:
+        # Host code in the model or the guide needs values where there are none. What
+        # cannot be looked at is no reason to stop, nor to warn.
+        return None
+    if any("rows" in found for found in of_data.values()) or not any(of_data.values()):
+        return None
+    return _not_indexed_message(plate, latents)
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, MisalignedSubsampleWarning, stacklevel=find_stack_level())
+def _undrawn(plates: dict[str, PlateRows]) -> dict[str, PlateRows]:
+    """Let the rows of drawn plates come from handlers around."""
+    return {
+        name: replace(plate, rows=None, drawn=False) if plate.drawn else plate
+        for name, plate in plates.items()
+    }
 
 
-def _who(plate: Drawn, latents: list[str]) -> str:
+def _who(plate: PlateRows, latents: list[str]) -> str:
     return (
-        f"Plate '{plate.name}' draws {plate.rows.shape[0]} of its {plate.size} rows, "
+        f"Plate '{plate.name}' draws {plate.subsample_size} of its {plate.size} rows, "
         f"and the guide takes its latents {latents} from them"
     )
 
@@ -193,7 +136,7 @@ def _pins(name: str) -> str:
     )
 
 
-def _not_indexed(plate: Drawn, latents: list[str]) -> str:
+def _not_indexed_message(plate: PlateRows, latents: list[str]) -> str:
     return (
         f"{_who(plate, latents)}, but the data in the plate do not depend on which "
         "rows these are: latents of some rows meet the data of others. Either let the "
@@ -203,7 +146,7 @@ def _not_indexed(plate: Drawn, latents: list[str]) -> str:
     )
 
 
-def _drawn_apart(plate: Drawn, latents: list[str], apart: str) -> str:
+def _drawn_apart_message(plate: PlateRows, latents: list[str], apart: str) -> str:
     remedy = f"pin the rows: {_pins(plate.name)}"
     if apart == "TraceEnum_ELBO":
         remedy = (
@@ -217,46 +160,19 @@ def _drawn_apart(plate: Drawn, latents: list[str], apart: str) -> str:
     )
 
 
-def drawn_apart(context: bool) -> str | None:
-    """Name who runs the model such that it draws other rows than the guide does.
-
-    Parameters
-    ----------
-    context : bool
-        Whether the model runs in a context that gives it the guide's rows.
-    """
-    if not context and under_enumeration():
+def _drawn_apart(call: GuideCall) -> str | None:
+    """Name who runs the model such that it draws other rows than the guide does."""
+    if not call.in_context and internals.enumerating():
         return "TraceEnum_ELBO"
-    # Predictive draws latents first and runs the model on them later, both so masked.
-    if any(isinstance(h, mask) and h.mask is False for h in _PYRO_STACK):
-        return "Predictive"
-    return None
+    # Predictive draws latents first, and runs the model on them later.
+    return "Predictive" if internals.under_predictive() else None
 
 
-def under_enumeration() -> bool:
-    """Tell whether funsor enumerates sites, as ``TraceEnum_ELBO`` does."""
-    module = sys.modules.get("numpyro.contrib.funsor.enum_messenger")
-    return module is not None and any(isinstance(h, module.enum) for h in _PYRO_STACK)
+class _ParamsOfAnyRows(Handler):
+    """Takes the first rows of parameters, so that these do not follow a plate.
 
-
-def _data_follow_rows(
-    model: Callable, args: tuple, kwargs: dict[str, Any], name: str, rows: jax.Array
-) -> bool:
-    """Tell whether the data in a plate follow its rows, or there are none.
-
-    It is the density of the observed sites in the plate that must depend on the rows.
-    That parameters of the model follow the rows says nothing about the data and does
-    not count. What depends neither on the rows nor on the arguments of the model and
-    has no axis of its own, as a factor that is the same for all rows, is no data.
+    That parameters of the model follow the rows says nothing about its data.
     """
-    sites = _provenance(
-        model, args, kwargs, name, rows, inside=_ParamsOfAnyRows, observed=True
-    )
-    return any("rows" in found for found in sites.values()) or not any(sites.values())
-
-
-class _ParamsOfAnyRows(Messenger):
-    """Takes the first rows of parameters, so that these do not follow a plate."""
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         event_dim = msg["kwargs"].get("event_dim") if msg["type"] == "param" else None
@@ -276,29 +192,30 @@ def _provenance(
     run: Callable,
     args: tuple,
     kwargs: dict[str, Any],
-    name: str,
-    rows: jax.Array,
+    plate: PlateRows,
     *,
-    inside: Callable[[], AbstractContextManager],
+    inside: AbstractContextManager | None = None,
     observed: bool = False,
 ) -> dict[str, frozenset[str]]:
-    """Return what the density of each site in a plate is made from.
+    """Return what the density of each site in a plate is made from, by data flow.
 
     That is "rows" for the rows of the plate and, of observed sites, "data" for arrays
-    among the arguments, or an observed value with axes.
+    among the arguments, or an observed constant that differs from row to row.
     """
+    name = plate.name
     leaves, structure = jax.tree.flatten((args, kwargs))
     batch = {
         i: leaf
         for i, leaf in enumerate(leaves)
         if observed and isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim
     }
-    with_axes: set[str] = set()
+    constant_data: set[str] = set()
 
     def log_densities(rows: jax.Array, data: dict[int, Any]) -> dict[str, jax.Array]:
         given = [data.get(i, leaf) for i, leaf in enumerate(leaves)]
         args, kwargs = jax.tree.unflatten(structure, given)
-        with rehearsal(), trace() as sites, substitute(data={name: rows}), inside():
+        pins = substitute(data={name: rows})
+        with pins, hidden_run(), trace() as sites, inside or nullcontext():
             run(*args, **kwargs)
         log_densities = {}
         for site in sites.values():
@@ -306,16 +223,23 @@ def _provenance(
                 continue
             if name not in {frame.name for frame in site["cond_indep_stack"]}:
                 continue
-            if observed and jnp.size(site["value"]) and jnp.ndim(site["value"]):
-                with_axes.add(site["name"])
+            if observed and _differs_by_row(site["value"]):
+                constant_data.add(site["name"])
             log_densities[site["name"]] = _log_density(site)
         return log_densities
 
-    found = eval_provenance(log_densities, rows=rows, data=batch)
+    found = internals.eval_provenance(log_densities, rows=plate.rows, data=batch)
     return {
-        site: made_from | {"data"} if site in with_axes else made_from
+        site: made_from | {"data"} if site in constant_data else made_from
         for site, made_from in found.items()
     }
+
+
+def _differs_by_row(value: Any) -> bool:
+    if isinstance(value, Tracer) or jnp.ndim(value) == 0:
+        return False
+    value = np.asarray(value)
+    return bool(value.size) and not np.all(value == value.flat[0])
 
 
 def _log_density(site: dict[str, Any]) -> jax.Array:
@@ -327,37 +251,35 @@ def _log_density(site: dict[str, Any]) -> jax.Array:
         return sum((jnp.sum(leaf) for leaf in leaves), jnp.zeros(()))
 
 
-class ScoreFunctionWatcher(Messenger):
+class ScoreFunctionWatcher(Handler):
     """Warns of latents for which ``TraceGraph_ELBO`` scales the gradient twice.
 
     Parameters
     ----------
     guide : callable
         The guide that runs in here.
-    full_size : callable
-        Gives the full size of a plate, by name, while the guide runs, else None.
     """
 
-    def __init__(self, guide: Callable, full_size: Callable[[str], int | None]) -> None:
+    def __init__(self, guide: Callable) -> None:
         super().__init__()
         self._done = looked_at(guide)
-        self._full_size = full_size
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] != "sample" or msg["is_observed"] or msg["fn"].has_rsample:
             return
         key = ("score function", msg["name"])
+        plates = {plate.name: plate for plate in msg.get("plates", {}).values()}
         if key in self._done:
             return
         for frame in msg["cond_indep_stack"]:
-            size = self._full_size(frame.name)
-            if size is None or size == frame.size:
+            plate = plates.get(frame.name)
+            if plate is None or plate.size == frame.size:
                 continue
-            warnings.warn(
+            warn(
                 f"TraceGraph_ELBO applies the scale of plate '{frame.name}', "
-                f"{size} / {frame.size}, twice to the gradient of site "
+                f"{plate.size} / {frame.size}, twice to the gradient of site "
                 f"'{msg['name']}', which has no reparameterised sampler. Take the "
                 "whole plate, or choose a distribution that has one.",
-                stacklevel=find_stack_level(),
+                UserWarning,
             )
             self._done.add(key)

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from contextlib import ExitStack
+from typing import Any
 
-from numpyro.handlers import replay
 from numpyro.infer.autoguide import AutoGuide
-from numpyro.primitives import _PYRO_STACK
+from numpyro.primitives import Messenger
 
-from .guide_call import GuideCall, check_same_rows, rows_of_replayed_guide
-from .guides import call_autoguide, model_of
-from .posterior import QUESTIONS, LatentsOfAllRows, ask_autoguide
+from . import internals
+from .guides import call_guide, model_of
+from .model_call import ModelCall
+from .posterior import POSTERIOR_METHODS, call_posterior_method
 
 
-class dynamic_subsample(LatentsOfAllRows):
+class dynamic_subsample(ModelCall):
     """Let a guide's plates follow the model's, whatever their size was at first.
 
     NumPyro's automatic guides record their plates on the first call and keep that
     subsample size. While this handler is active, it learns the model's plates before
     a guide runs, by running the model with the same arguments up to the last plate
     that the guide needs, and gives the guide's plates that subsample size, and the
-    same indices where they are pinned. Local latents keep parameters for all rows
-    of their plate; those in the batch are used.
+    same rows where they are pinned. Local latents keep parameters for all rows of
+    their plate; those in the batch are used.
 
     Parameters
     ----------
@@ -42,8 +43,12 @@ class dynamic_subsample(LatentsOfAllRows):
         if a plate of the guide is missing in the model or has another full size or
         dim there, if a subsample is smaller than 1 or larger than its plate, if
         pinned rows are not indices into the plate, or if a user's ``create_plates``
-        disagrees with the model. As a context, if the model that runs against a guide
-        asks a plate for another number of rows than the guide took, or pins others.
+        disagrees with the model. If a wrapped guide is called outside of a context,
+        also if all rows of a plate are pinned in another order and the model has
+        parameters with ``event_dim`` or ``numpyro.subsample`` there, which NumPyro
+        leaves in the plate's order. As a context, if the model that runs against a
+        guide asks a plate for another number of rows than the guide took, or pins
+        others.
 
     Warns
     -----
@@ -57,6 +62,11 @@ class dynamic_subsample(LatentsOfAllRows):
     an ``AutoGuideList`` too. A guide that is compiled takes the sizes that it is
     traced with: enter the context around what is traced, ``jax.jit(svi.update)``
     called inside it for the first time, or wrap the guide.
+
+    The run that learns the model's plates consumes no random key and leaves no
+    computation in a compiled program, but effects of the model, such as
+    ``jax.debug.callback``, happen once more. In a context nothing is run where a
+    handler around pins the rows of all plates that the guide needs.
 
     Examples
     --------
@@ -86,42 +96,27 @@ class dynamic_subsample(LatentsOfAllRows):
         self._model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.fn is None:
+        guide = self.fn
+        if guide is None:
             (guide,) = args
             return dynamic_subsample(guide, model=self._model, **kwargs)
-        with self:
-            if GuideCall.current() is not None:
-                return self.fn(*args, **kwargs)
-            model = self._model or model_of(self.fn)
-            assert model is not None
-            context = any(
-                type(h) is dynamic_subsample and h.fn is None for h in _PYRO_STACK
-            )
-            with GuideCall(model, args, kwargs, self.fn, context=context):
-                return self.fn(*args, **kwargs)
+        if isinstance(guide, Messenger) and guide.fn is not None:
+            # A handler around the guide: it stays around what is served.
+            inside = dynamic_subsample(guide.fn, model=self._model)
+            with internals.replaced(guide, fn=inside):
+                return guide(*args, **kwargs)
+        return call_guide(guide, self._model or model_of(guide), args, kwargs)
 
     def __enter__(self) -> dynamic_subsample:
-        super().__enter__()
-        _AutoguideCalls.enter()
-        return self
+        if internals.find(dynamic_subsample) is None:
+            self._routes = ExitStack()
+            _route_autoguides(self._routes)
+        return super().__enter__()
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
-        _AutoguideCalls.exit()
         super().__exit__(exc_type, exc_value, traceback)
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if GuideCall.current() is not None:
-            return
-        rows = rows_of_replayed_guide()
-        if msg["type"] == "plate":
-            # ``replay`` does so too, but for the trace of ``TraceEnum_ELBO``, which
-            # has no plates.
-            if msg["name"] in rows:
-                check_same_rows(msg, rows[msg["name"]])
-                msg["value"] = rows[msg["name"]].rows
-        elif not rows:
-            # A guide that the model runs against has taken its rows by itself.
-            super().process_message(msg)
+        if internals.find(dynamic_subsample) is None:
+            self._routes.close()
 
     # From here on: to look like the guide. NumPyro tests a guide's class with
     # isinstance and by name, and copies guides.
@@ -135,17 +130,16 @@ class dynamic_subsample(LatentsOfAllRows):
         guide = vars(self).get("fn")
         if guide is None:
             raise AttributeError(f"dynamic_subsample has no attribute '{name}'")
-        if name in QUESTIONS and isinstance(guide, AutoGuide):
-            return functools.partial(self._ask, name)
+        if name in POSTERIOR_METHODS and isinstance(guide, AutoGuide):
+            return functools.partial(
+                call_posterior_method, guide, name, getattr(guide, name)
+            )
         return getattr(guide, name)
-
-    def _ask(self, question: str, *args: Any, **kwargs: Any) -> Any:
-        with self:
-            return getattr(self.fn, question)(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         guide = vars(self).get("fn")
-        if isinstance(guide, AutoGuide) and name in vars(guide):
+        special = name.startswith("__")  # what Messenger copies of the guide
+        if isinstance(guide, AutoGuide) and hasattr(guide, name) and not special:
             setattr(guide, name, value)
         else:
             super().__setattr__(name, value)
@@ -175,69 +169,45 @@ def _rebuild(guide: Callable | None, model: Callable | None) -> dynamic_subsampl
     return dynamic_subsample(guide, model=model)
 
 
-class _AutoguideCalls:
-    """Routes all autoguides' calls and posterior methods through this library.
+def _route_autoguides(changes: ExitStack) -> None:
+    """Serve the calls and posterior methods of all autoguides.
 
     A call is looked up on the guide's class, so this is where it can be met with its
-    arguments, in whatever loop it happens. Entering again inside does nothing.
+    arguments, in whatever loop it happens.
     """
 
-    _depth = 0
-    _replay: ClassVar[Callable]
-    _as_they_were: ClassVar[dict[tuple[type, str], Callable]] = {}
+    def route(guide_class: type) -> None:
+        own = {name: vars(guide_class).get(name) for name in _ROUTES}
+        routed = {name: _ROUTES[name](run) for name, run in own.items() if run}
+        changes.enter_context(internals.replaced(guide_class, **routed))
 
-    @classmethod
-    def enter(cls) -> None:
-        cls._depth += 1
-        if cls._depth == 1:
-            AutoGuide.__init_subclass__ = classmethod(cls._route)  # ty: ignore[invalid-assignment]
-            for guide_class in _subclasses(AutoGuide):
-                cls._route(guide_class)
-            cls._replay = replay.process_message
-            replay.process_message = _noting_pins(cls._replay)  # ty: ignore[invalid-assignment]
-
-    @classmethod
-    def exit(cls) -> None:
-        cls._depth -= 1
-        if cls._depth == 0:
-            del AutoGuide.__init_subclass__
-            replay.process_message = cls._replay  # ty: ignore[invalid-assignment]
-            while cls._as_they_were:
-                (guide_class, name), run = cls._as_they_were.popitem()
-                setattr(guide_class, name, run)
-
-    @classmethod
-    def _route(cls, guide_class: type) -> None:
-        for name in ("__call__", *QUESTIONS):
-            run = vars(guide_class).get(name)
-            if run is not None and (guide_class, name) not in cls._as_they_were:
-                cls._as_they_were[guide_class, name] = run
-                setattr(guide_class, name, _routed(name, run))
+    for guide_class in _subclasses(AutoGuide):
+        route(guide_class)
+    # Classes that are made inside the context.
+    changes.enter_context(
+        internals.replaced(AutoGuide, __init_subclass__=classmethod(route))
+    )
 
 
-def _routed(name: str, run: Callable) -> Callable:
+def _served_call(run: Callable) -> Callable:
     @functools.wraps(run)
     def method(guide: AutoGuide, *args: Any, **kwargs: Any) -> Any:
-        if name == "__call__" and GuideCall.current() is None:
-            with GuideCall(guide.model, args, kwargs, guide):
-                return call_autoguide(guide, run, args, kwargs)
-        if name == "__call__":
-            return call_autoguide(guide, run, args, kwargs)
-        return ask_autoguide(guide, name, run, args, kwargs)
+        run_guide = functools.partial(run, guide)
+        return call_guide(guide, guide.model, args, kwargs, run_guide)
 
     return method
 
 
-def _noting_pins(process: Callable) -> Callable:
-    """Keep what a model pins inside, before ``replay`` puts the guide's rows there."""
+def _served_method(run: Callable) -> Callable:
+    @functools.wraps(run)
+    def method(guide: AutoGuide, *args: Any, **kwargs: Any) -> Any:
+        name, run_method = run.__name__, functools.partial(run, guide)
+        return call_posterior_method(guide, name, run_method, *args, **kwargs)
 
-    @functools.wraps(process)
-    def process_message(handler: replay, msg: dict[str, Any]) -> None:
-        if msg["type"] == "plate":
-            msg.setdefault("pinned_inside", msg["value"])
-        process(handler, msg)
+    return method
 
-    return process_message
+
+_ROUTES = {"__call__": _served_call} | dict.fromkeys(POSTERIOR_METHODS, _served_method)
 
 
 def _subclasses(guide_class: type) -> Iterator[type]:

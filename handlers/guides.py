@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -11,26 +12,30 @@ import jax.numpy as jnp
 import numpyro
 from numpyro.distributions import Delta
 from numpyro.distributions.transforms import biject_to
+from numpyro.handlers import trace
 from numpyro.infer.autoguide import (
     AutoContinuous,
     AutoDAIS,
     AutoDelta,
     AutoGuide,
     AutoGuideList,
+    AutoLaplaceApproximation,
     AutoSemiDAIS,
     AutoSurrogateLikelihoodDAIS,
 )
 from numpyro.infer.initialization import init_to_uniform, init_to_value
-from numpyro.primitives import _PYRO_STACK, CondIndepStackFrame, Messenger
 
-from .alignment import under_enumeration
+from . import internals
+from .alignment import check_drawn_rows, looked_at
 from .guide_call import GuideCall
+from .internals import CondIndepStackFrame, Handler
 from .plates import (
+    PlateRows,
     full_size,
-    plates_of_latents,
-    rehearsal,
-    rows_of_enclosing,
+    hidden_run,
+    read_plates,
     take_rows,
+    take_rows_of_plates,
 )
 
 
@@ -54,57 +59,137 @@ def joint_over(guide: Any, plate: str) -> AutoContinuous | None:
     return None
 
 
-def call_autoguide(
-    guide: AutoGuide, run: Callable, args: tuple, kwargs: dict[str, Any]
+def call_guide(
+    guide: Any,
+    model: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    run: Callable | None = None,
 ) -> Any:
-    """Run an autoguide so that its plates follow the model's.
+    """Run a guide so that its plates follow the model's.
 
     Parameters
     ----------
-    guide : AutoGuide
-        The guide. Parts of a guide that is being called already follow its model.
-    run : callable
-        The class's own ``__call__``.
+    guide : callable
+        The guide. A part of a guide that is being called follows the model of that.
+    model : callable
+        The model whose plates are followed.
     args, kwargs : tuple, dict
-        What the guide is called with.
+        What both are called with.
+    run : callable, optional
+        Runs the guide; by default `guide` itself.
 
     Returns
     -------
     Any
         What the guide returns.
     """
-    call = GuideCall.current()
-    if call is None:
-        with GuideCall(guide.model, args, kwargs):
-            return call_autoguide(guide, run, args, kwargs)
-    with call.serving(guide) as already_served:
-        if already_served:
-            return run(guide, *args, **kwargs)
+    run = guide if run is None else run
+    call = internals.find(GuideCall)
+    if call is not None:
         with served(guide, call, args, kwargs):
-            return run(guide, *args, **kwargs)
+            return run(*args, **kwargs)
+    initialised = isinstance(guide, AutoGuide) and guide.prototype_trace is not None
+    needs = guide._prototype_frames if initialised else None
+    call = GuideCall(model, args, kwargs, needs=needs)
+    if not call.in_context:
+        _refuse_what_a_wrapper_cannot_reach(guide, call)
+    with call, served(guide, call, args, kwargs):
+        result = run(*args, **kwargs)
+    rerun = lambda *args, **kwargs: call_guide(guide, model, args, kwargs, run)  # noqa: E731
+    check_drawn_rows(guide, call, rerun)
+    return result
+
+
+def _refuse_what_a_wrapper_cannot_reach(guide: Any, call: GuideCall) -> None:
+    """Hold a model that the wrapper alone cannot change to rule 3 of ``plates``."""
+    done = looked_at(guide)
+    if ("gathers", "") not in done:
+        try:
+            known = call.read()
+        except Exception:
+            # An autoguide may be called with what its model cannot run on.
+            return
+        done |= {("gathers", p.name) for p in call.plates.values() if p.gathers}
+        done |= {("gathers", "")} if known else set()
+    for plate in [
+        call.plate(name) for what, name in done if what == "gathers" and name
+    ]:
+        if plate.subsample_size == plate.size and not plate.in_order:
+            raise ValueError(
+                f"All {plate.size} rows of plate '{plate.name}' are pinned, but not in "
+                "the plate's order. In the model, NumPyro then leaves numpyro.subsample "
+                "and parameters with event_dim in that order, which a wrapped guide "
+                "cannot change. Enter dynamic_subsample() around the step, or use "
+                "SubsampleSVI."
+            )
+
+
+# ------------------------------------------------------------------ all families
+
+
+class Serving(Handler):
+    """Says that a guide is being served, and need not be again."""
+
+    def __init__(self, guide: AutoGuide) -> None:
+        super().__init__()
+        self.guide = guide
+
+
+def is_served(guide: AutoGuide) -> bool:
+    """Tell whether a guide is being served."""
+    handlers = internals.handlers_around()
+    return any(isinstance(h, Serving) and h.guide is guide for h in handlers)
 
 
 @contextmanager
 def served(
-    guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
+    guide: Any, call: GuideCall, args: tuple, kwargs: dict[str, Any]
 ) -> Generator[None]:
     """Give a guide, for as long as it runs, what its family needs."""
-    if guide.prototype_trace is None:
-        call.read_all()
+    if not issubclass(type(guide), AutoGuide) or is_served(guide):
+        yield
+        return
+    with Serving(guide), _parts_served(guide):
+        if guide.prototype_trace is not None:
+            with _family(guide, call, args, kwargs):
+                yield
+            return
+        call.read()
         with _undone_on_error(guide):
             _set_up_prototype(guide, call, args, kwargs)
-            with _family(guide, call):
+            with _family(guide, call, args, kwargs):
                 yield
-    else:
-        call.expect(guide._prototype_frames)
-        with _family(guide, call):
-            yield
+
+
+class _Part:
+    """A part of a guide, served as the guide is."""
+
+    def __init__(self, guide: AutoGuide) -> None:
+        self._guide = guide
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return call_guide(self._guide, self._guide.model, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._guide, name)
+
+
+def _parts_served(guide: AutoGuide) -> AbstractContextManager[None]:
+    def part(guide: Any) -> Any:
+        return _Part(guide) if issubclass(type(guide), AutoGuide) else guide
+
+    if isinstance(guide, AutoGuideList):
+        return internals.replaced(guide, _guides=[part(own) for own in guide._guides])
+    if isinstance(guide, AutoSemiDAIS):
+        return internals.replaced(guide, global_guide=part(guide.global_guide))
+    return nullcontext()
 
 
 @contextmanager
 def _undone_on_error(guide: AutoGuide) -> Generator[None]:
-    """Leave no half-made prototype behind, which would pass for a whole one."""
-    as_it_was = {
+    """Take back a prototype that is not complete, which NumPyro would go on with."""
+    before = {
         name: dict(value) if isinstance(value, dict) else value
         for name, value in vars(guide).items()
     }
@@ -112,35 +197,43 @@ def _undone_on_error(guide: AutoGuide) -> Generator[None]:
         yield
     except BaseException:
         vars(guide).clear()
-        vars(guide).update(as_it_was)
+        vars(guide).update(before)
         raise
 
 
-def _family(guide: AutoGuide, call: GuideCall) -> AbstractContextManager[None]:
+def _family(
+    guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
+) -> AbstractContextManager[None]:
+    if guide.create_plates is not None:
+        _follow_create_plates(guide, call, args, kwargs)
     if isinstance(guide, AutoContinuous):
         return _joint(guide, call)
     if isinstance(guide, AutoSemiDAIS):
         return _local_dais(guide, call)
-    return _create_plates_checked(guide, call)
+    return nullcontext()
 
 
-@contextmanager
-def _create_plates_checked(guide: AutoGuide, call: GuideCall) -> Generator[None]:
-    """Hold plates that the user makes to the model, instead of rewriting them."""
-    create_plates = guide.create_plates
-    if create_plates is None:
-        yield
-        return
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        with call.made_by_user():
-            return create_plates(*args, **kwargs)
-
-    guide.create_plates = checked
-    try:
-        yield
-    finally:
-        guide.create_plates = create_plates
+def _follow_create_plates(
+    guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """Let the user's plates decide where the model asks for no size."""
+    made = read_plates(
+        guide.create_plates, args, kwargs, internals.handlers_around(call)
+    )
+    for own in made.values():
+        plate = call.plate(own.name, own.size)
+        if plate.argument is None and plate.pinned_by is None:
+            call.plates[own.name] = replace(
+                own, dim=plate.dim, pinned_by=None, rows=None
+            )
+        elif plate.subsample_size != own.subsample_size:
+            raise ValueError(
+                f"create_plates gives plate '{own.name}' (size {own.size}) "
+                f"{own.subsample_size} rows, but the model asks for "
+                f"{plate.subsample_size}. Leave create_plates out, and give the number "
+                f"of rows to the model's plate: numpyro.plate('{own.name}', "
+                f"{own.size}, subsample_size=...)."
+            )
 
 
 # ------------------------------------------------------------------ the first call
@@ -150,16 +243,19 @@ def _set_up_prototype(
     guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
 ) -> None:
     """Make the guide's prototype where NumPyro's own way would not do."""
+    plates = call.plates.values()
     # A part made with block(model, expose=...) does not see the plates of its sites.
-    for plate in call.plates():
+    for plate in plates:
         guide._prototype_frame_full_sizes.setdefault(plate.name, plate.size)
-    subsampled = {p.name for p in call.plates() if p.subsample_size != p.size}
+    subsampled = {p.name for p in plates if p.subsample_size != p.size}
+    reordered = [p for p in plates if p.name not in subsampled and not p.in_order]
     if isinstance(guide, AutoContinuous):
+        if reordered and _evaluates_first_data(guide):
+            _refuse_reordered(guide, reordered[0])
         # AutoDAIS evaluates the likelihood of the whole data; the others only need
         # one latent for every row.
         if subsampled and not _needs_whole_likelihood(guide):
-            local = plates_of_latents(guide.model, args, kwargs)
-            subsampled &= set().union(*local.values())
+            subsampled &= _plates_of_latents(guide.model, args, kwargs)
         if subsampled:
             _set_up_at_full_size(guide, min(subsampled), call, args, kwargs)
         else:
@@ -168,12 +264,46 @@ def _set_up_prototype(
         guide._setup_prototype(*args, **kwargs)
     elif subsampled and getattr(guide.init_loc_fn, "func", None) is init_to_value:
         _set_up_from_values(guide, args, kwargs)
+    elif reordered:
+        guide._setup_prototype(*args, **kwargs)
+    for plate in reordered:
+        # What handlers around pin does not reach the prototype. The posterior methods
+        # ask it for the order of the first call's data.
+        if plate.name in guide.prototype_trace:
+            guide.prototype_trace[plate.name]["value"] = plate.rows
 
 
 def _needs_whole_likelihood(guide: AutoGuide) -> bool:
     return isinstance(guide, AutoDAIS) and not isinstance(
         guide, AutoSurrogateLikelihoodDAIS
     )
+
+
+def _evaluates_first_data(guide: AutoGuide) -> bool:
+    return _needs_whole_likelihood(guide) or isinstance(guide, AutoLaplaceApproximation)
+
+
+def _refuse_reordered(guide: AutoGuide, plate: PlateRows) -> None:
+    raise ValueError(
+        f"{type(guide).__name__} takes the data of its first call for those of all "
+        f"rows in the plate's order, but the first call pins the {plate.size} rows of "
+        f"plate '{plate.name}' (size {plate.size}) in another one. Make the first "
+        f"call, svi.init, with rows and data in order, arange({plate.size}); later "
+        "calls may bring batches in any order."
+    )
+
+
+def _plates_of_latents(
+    model: Callable, args: tuple, kwargs: dict[str, Any]
+) -> set[str]:
+    with hidden_run(), trace() as sites:
+        model(*args, **kwargs)
+    return {
+        frame.name
+        for site in sites.values()
+        if site["type"] == "sample" and not site["is_observed"]
+        for frame in site["cond_indep_stack"]
+    }
 
 
 def _set_up_at_full_size(
@@ -184,10 +314,10 @@ def _set_up_at_full_size(
     kwargs: dict[str, Any],
 ) -> None:
     try:
-        with rehearsal(), full_size():
+        with hidden_run(), full_size():
             guide.model(*args, **kwargs)
     except (TypeError, ValueError) as error:
-        plate = call.model_plate(name)
+        plate = call.plate(name)
         raise ValueError(
             f"{type(guide).__name__} is one joint distribution over all rows of plate "
             f"'{name}' (size {plate.size}), so the first call has to run the model at "
@@ -203,13 +333,13 @@ def _set_up_from_values(guide: AutoGuide, args: tuple, kwargs: dict[str, Any]) -
     """Start every row where ``init_to_value`` says, those outside the batch too."""
     init_loc_fn: Any = guide.init_loc_fn
     values = init_loc_fn.keywords.get("values", {})
-    guide.init_loc_fn = partial(_init_to_rows_of_value, values=values)
-    try:
+    of_rows = partial(_init_to_rows_of_value, values=values)
+    with internals.replaced(guide, init_loc_fn=of_rows):
         guide._setup_prototype(*args, **kwargs)
-    finally:
-        guide.init_loc_fn = init_loc_fn
+    if isinstance(guide, AutoGuideList):
+        return
     prototype: Any = guide.prototype_trace
-    for name, init_loc in getattr(guide, "_init_locs", {}).items():
+    for name, init_loc in guide._init_locs.items():
         if name not in values:
             continue
         value = values[name]
@@ -224,7 +354,7 @@ def _init_to_rows_of_value(site: dict[str, Any], values: dict[str, Any]) -> Any:
         return None
     if site["name"] not in values:
         return init_to_uniform(site)
-    return rows_of_enclosing(values[site["name"]], site)
+    return take_rows_of_plates(values[site["name"]], site)
 
 
 # ------------------------------------------------------------------ joint guides
@@ -238,44 +368,35 @@ def _joint(guide: AutoContinuous, call: GuideCall) -> Generator[None]:
     batch and passes through the plate, whose scale makes its log density and the
     model's unbiased estimates of those of all rows.
     """
-    for name in guide._prototype_frames:
+    frames = guide._prototype_frames
+    for name in frames:
         _refuse_enumeration(guide, name)
-    plates = {
-        name: _plate(guide, frame) for name, frame in guide._prototype_frames.items()
-    }
-    subsampled = [name for name in plates if call.takes_some(name)]
-    if subsampled and _under_renyi_elbo():
+    plates = {name: _plate(guide, frame) for name, frame in frames.items()}
+    some = [name for name in plates if not call.plates[name].in_order]
+    if some and internals.under_renyi_elbo():
         raise ValueError(
             f"RenyiELBO takes its bound row by row, and {type(guide).__name__} has no "
-            f"density of its own for the rows of plate '{subsampled[0]}'. Use "
-            "AutoNormal or Trace_ELBO."
+            f"density of its own for the rows of plate '{some[0]}'. Use AutoNormal or "
+            "Trace_ELBO."
         )
 
     def rows_of_batch(delta: Delta, plate: Any) -> Delta:
-        if plate.name not in subsampled:
+        if plate.name not in some:
             return delta
-        rows, size, dim = plate._indices, plate.size, plate.dim
+        rows, size, dim = internals.rows_of(plate), plate.size, plate.dim
         return Delta(
             take_rows(delta.v, rows, size, dim - delta.event_dim),
             take_rows(delta.log_density, rows, size, dim),
             event_dim=delta.event_dim,
         )
 
-    with _SitesInPlates(guide, plates.__getitem__, rows_of_batch):
-        if _needs_whole_likelihood(guide):
-            with full_size():
-                yield
-        else:
-            yield
-
-
-def _under_renyi_elbo() -> bool:
-    # It alone seeds plates apart from sites, so that its particles share their rows.
-    return any("sample" in getattr(h, "hide_types", ()) for h in _PYRO_STACK)
+    inside = full_size() if _needs_whole_likelihood(guide) else nullcontext()
+    with _SitesInPlates(guide, plates.__getitem__, rows_of_batch), inside:
+        yield
 
 
 def _refuse_enumeration(guide: AutoGuide, name: str) -> None:
-    if under_enumeration():
+    if internals.enumerating():
         raise ValueError(
             f"TraceEnum_ELBO does not support {type(guide).__name__} with local "
             f"latents, here in plate '{name}' (size "
@@ -288,7 +409,7 @@ def _plate(guide: AutoGuide, frame: CondIndepStackFrame) -> Any:
     return numpyro.plate(frame.name, size, dim=frame.dim)
 
 
-class _SitesInPlates(Messenger):
+class _SitesInPlates(Handler):
     """Passes a guide's local sites, which stand outside all plates, through theirs."""
 
     def __init__(
@@ -320,20 +441,18 @@ class _SitesInPlates(Messenger):
 def _local_dais(guide: AutoSemiDAIS, call: GuideCall) -> Generator[None]:
     """Give the guide's own record of its plate the size of this call.
 
-    The guide scales the log density of its local sites itself and samples them
-    outside the plate, so that whoever asks a site for its scale, as
-    ``TraceMeanField_ELBO`` does, gets none. Here it is left to the plates.
+    The guide scales the log density of its local sites itself and samples them outside
+    of the plate, so that their messages have no scale, which ``TraceMeanField_ELBO``
+    needs. Here the plates scale them.
     """
-    as_it_was = guide._local_plate
-    name, size, _ = as_it_was
+    name, size, _ = guide._local_plate
     _refuse_enumeration(guide, name)
-    if guide.local_guide is not None and _under_renyi_elbo():
+    if guide.local_guide is not None and internals.under_renyi_elbo():
         raise ValueError(
             f"AutoSemiDAIS spreads the density of its local guide evenly over the rows "
             f"of plate '{name}', and RenyiELBO then exceeds the log evidence. Leave "
             "local_guide out, or use Trace_ELBO."
         )
-    guide._local_plate = (name, size, call.model_plate(name).subsample_size)
 
     @cache
     def plate(name: str) -> Any:
@@ -345,8 +464,9 @@ def _local_dais(guide: AutoSemiDAIS, call: GuideCall) -> Generator[None]:
         log_density = delta.log_density * (plate.subsample_size / size)
         return Delta(delta.v, log_density, event_dim=delta.event_dim)
 
-    try:
-        with _SitesInPlates(guide, plate, unscaled):
-            yield
-    finally:
-        guide._local_plate = as_it_was
+    of_call = (name, size, call.plate(name, size).subsample_size)
+    with (
+        internals.replaced(guide, _local_plate=of_call),
+        _SitesInPlates(guide, plate, unscaled),
+    ):
+        yield

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 from jax.typing import ArrayLike
 from numpyro.distributions import MaskedDistribution
-from numpyro.handlers import replay
-from numpyro.primitives import _PYRO_STACK, CondIndepStackFrame, Messenger
 
-from .alignment import under_enumeration
+from . import internals
+from .internals import CondIndepStackFrame, Handler, Tracer
 
 
 def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:
@@ -97,7 +95,7 @@ def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:
     return tree_unflatten(structure, [pad(leaf) for _, leaf in leaves]), count
 
 
-class valid_rows(Messenger):
+class valid_rows(Handler):
     """Let only the first rows of a plate count, those that are not padding.
 
     While this handler is active, each sample site in such a plate, of guide and model
@@ -177,7 +175,8 @@ class valid_rows(Messenger):
             self._subsamples[msg["name"]] = msg["args"][1] is not None
         elif msg["type"] == "sample":
             frames = [f for f in msg["cond_indep_stack"] if f.name in self.counts]
-            guide_trace = _replayed_guide()
+            replayed = internals.replayed()
+            guide_trace = None if replayed is None else replayed.trace
             self._check_guide_site(msg, frames, guide_trace)
             if frames:
                 self._count_valid_rows(msg, frames, guide_trace)
@@ -267,9 +266,9 @@ class _ValidRowsDistribution(MaskedDistribution):
         return jnp.where(self._mask, log_prob, 0.0)
 
 
-def check_names(keyword: str, names: Mapping[str, Any], plates: Mapping) -> None:
+def check_names(keyword: str, names: Mapping[str, Any], plates: Iterable) -> None:
     """Refuse names that are not among the model's plates."""
-    for name in sorted(names.keys() - plates.keys()):
+    for name in sorted(names.keys() - set(plates)):
         raise ValueError(
             f"{keyword} names a plate '{name}' that the model does not have; its "
             f"plates are {sorted(plates)}."
@@ -288,14 +287,6 @@ def _repeat_first_row(value: ArrayLike, valid: jax.Array, axis: int) -> ArrayLik
     return jnp.where(_on_axis(valid, axis), value, first)
 
 
-def _replayed_guide() -> dict[str, Any] | None:
-    """Return the trace of the guide that a model runs against just now."""
-    for handler in reversed(_PYRO_STACK):
-        if isinstance(handler, replay):
-            return handler.trace
-    return None
-
-
 def _check_scale_may_be_traced(
     msg: dict[str, Any],
     plate: str,
@@ -307,7 +298,7 @@ def _check_scale_may_be_traced(
     if msg["name"] not in guide_trace and msg.get("done"):
         what = "is enumerated in the model"
         remedy = "enumerate it in the guide"
-    elif msg["infer"].get("kl") == "analytic" and under_enumeration():
+    elif msg["infer"].get("kl") == "analytic" and internals.enumerating():
         what = "has an analytic KL divergence"
         remedy = "leave out infer={'kl': 'analytic'}"
     else:

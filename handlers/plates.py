@@ -1,174 +1,183 @@
-"""Read a model's plates as they are for the arguments of one call."""
+"""The record of a plate's rows in one call, and the model's reading that makes it.
+
+Words, used everywhere in this library:
+
+size
+    How many rows a plate has: those of the whole data set.
+subsample_size
+    How many rows a plate takes in one call: those of the batch.
+rows
+    Which rows these are: indices into the plate, shape ``(subsample_size,)``.
+pinned
+    Said of rows that somebody chose: the model, a handler, ``indices``.
+drawn
+    Said of rows that the plate chose at random.
+valid
+    Said of the first rows of a padded batch, those that are not padding.
+
+Rules, true everywhere:
+
+1. Within a call everything with one entry per row of a plate uses the same rows:
+   latents, parameters of guide and model, ``numpyro.subsample``, what the model
+   indexes, what is replayed.
+2. A value is either of all rows, in the plate's order, or of the batch, in the batch's
+   order. Rows are taken from a value of all rows once, where it enters: a parameter,
+   ``numpyro.subsample``, a sample given to ``Predictive``, ``substitute`` or
+   ``condition``. Nothing is taken from a value of the batch, such as a replayed one.
+3. Pinned rows that are not exactly ``arange(size)`` are a batch like any other, also
+   when there are as many of them as the plate has.
+"""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro
+import numpy as np
 from numpyro import handlers
 from numpyro.infer.initialization import init_to_uniform
-from numpyro.primitives import _PYRO_STACK, Messenger
+
+from . import internals
+from .internals import Handler, Tracer
 
 
 @dataclass(frozen=True)
-class ModelPlate:
-    """A plate of the model, for the arguments of one call.
+class PlateRows:
+    """The rows that a plate takes in one call.
 
     Attributes
     ----------
     name : str
-        The plate's name.
+        The plate's name, as handlers around the call see it.
     size : int
-        Its full size, in rows.
-    asked : int or None
-        The ``subsample_size`` that the model gives to ``numpyro.plate``.
-    subsample_size : int
-        How many rows the plate takes in the end.
-    dim : int
-        The batch dimension it takes, counted from the right.
+        How many rows the plate has.
+    argument : int or None
+        The ``subsample_size`` that the model gives to ``numpyro.plate``; None if none.
     rows : jax.Array or None
-        The indices, shape ``(subsample_size,)``, where the model pins them itself;
-        None where the plate draws them, takes all rows, or gets them from a handler
-        around the whole call (which reaches the guide as well).
+        The indices, shape ``(subsample_size,)``; None until the plate has drawn them.
+    pinned_by : str or None
+        Who pinned the rows: "model", "guide", or "handler", which stands around the
+        whole call; None where the plate takes all rows or draws.
+    drawn : bool
+        Whether the plate has drawn the rows.
+    dim : int or None
+        The batch dimension of the plate in the model, counted from the right; None
+        if the model was not read.
+    gathers : bool
+        Whether parameters with ``event_dim`` or ``numpyro.subsample`` stand in the
+        plate, as far as the model was read.
     """
 
     name: str
     size: int
-    asked: int | None
-    subsample_size: int
-    dim: int
-    rows: jax.Array | None
+    argument: int | None
+    rows: jax.Array | None = None
+    pinned_by: str | None = None
+    drawn: bool = False
+    dim: int | None = None
+    gathers: bool = False
 
     @property
-    def requested(self) -> int:
-        """The rows that a guide has to ask for, to get those that the model gets."""
+    def subsample_size(self) -> int:
+        """How many rows the plate takes."""
         if self.rows is not None:
-            return self.subsample_size
-        return self.size if self.asked is None else self.asked
+            return self.rows.shape[0]
+        return self.size if self.argument is None else self.argument
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether the plate takes all rows in order, unless somebody pins others."""
+        return self.argument is None or self.argument == self.size
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the rows are known to be all of the plate's, in its order."""
+        if self.rows is None:
+            return self.takes_all
+        return all_in_order(self.rows, self.size)
 
 
-_Subsample = Callable[[str, int, int | None, int | None], tuple[int, jax.Array]]
+def all_in_order(rows: jax.Array, size: int) -> bool:
+    """Tell whether `rows` are known to be ``arange(size)``."""
+    if rows.shape[0] != size:
+        return False
+    if internals.is_default(rows):
+        return True
+    return not isinstance(rows, Tracer) and np.array_equal(rows, np.arange(size))
 
 
-@contextmanager
-def _plates_made_by(make: Callable[..., tuple[int, jax.Array]]) -> Generator[None]:
-    """Let `make` take the rows of every new plate, given NumPyro's way of doing so.
+def take_rows(value: Any, rows: jax.Array, size: int, axis: int) -> Any:
+    """Take `rows` of a value that has all `size` of them at `axis`; else leave it."""
+    shape = jnp.shape(value)
+    if len(shape) < -axis or shape[axis] == 1 or shape[axis] != size:
+        return value
+    if all_in_order(rows, size):
+        return value
+    return jnp.take(value, rows, axis)
 
-    This is the one place where a plate is met with its arguments and before all
-    handlers, those inside the model too.
+
+def take_rows_of_plates(value: Any, msg: dict[str, Any]) -> Any:
+    """Take the rows of the plates around a site from a value that has all of them."""
+    event_dim = msg["fn"].event_dim
+    frames = {(frame.dim, frame.size) for frame in msg["cond_indep_stack"]}
+    for plate in internals.plates_around():
+        # By place: a scope may have changed the names on the way.
+        if (plate.dim, plate.subsample_size) in frames:
+            rows = internals.rows_of(plate)
+            value = take_rows(value, rows, plate.size, plate.dim - event_dim)
+    return value
+
+
+def take_pinned_rows(plate: Any, msg: dict[str, Any]) -> None:
+    """Take rows from a parameter or ``numpyro.subsample`` where NumPyro leaves them.
+
+    A plate takes rows from these only if it takes fewer than it has. See rule 3.
     """
-    as_it_was = vars(numpyro.plate)["_subsample"]
-    subsample = partial(make, as_it_was.__func__)
-    numpyro.plate._subsample = staticmethod(subsample)  # ty: ignore[invalid-assignment]
-    try:
-        yield
-    finally:
-        numpyro.plate._subsample = as_it_was
+    event_dim = msg["kwargs"].get("event_dim") if "kwargs" in msg else None
+    if msg["type"] not in ("param", "subsample") or event_dim is None:
+        return
+    if plate.subsample_size == plate.size and plate.dim is not None:
+        rows = internals.rows_of(plate)
+        msg["value"] = take_rows(msg["value"], rows, plate.size, plate.dim - event_dim)
 
 
-class _EnoughPlatesError(Exception):
-    """Leaves the model once every plate that is wanted has been seen."""
+def as_rows(name: str, size: int, rows: Any) -> jax.Array:
+    """Return pinned rows as an array, once they have passed ``check_rows``."""
+    check_rows(name, size, rows)
+    return rows if isinstance(rows, jax.Array) else jnp.asarray(rows)
 
 
-class _PlateWatcher(Messenger):
-    """Sees one plate message before all other handlers do, and spares it the draw."""
+def check_rows(name: str, size: int, rows: Any) -> None:
+    """Refuse pinned rows that are no indices into a plate of `size` rows.
 
-    drawn: ClassVar[bool]
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        self.message = msg
-        self.preset = msg["value"]
-        _PlateWatcher.drawn = False
-        msg["fn"] = self.draw
-
-    @staticmethod
-    def draw(size: int, subsample_size: int, rng_key: Any = None) -> jax.Array:
-        # Any rows will do while the plates are read, and a true draw would shuffle
-        # the whole plate. (One function for all messages: the branches of a ``cond``
-        # must not differ in it.)
-        _PlateWatcher.drawn = True
-        return jnp.arange(subsample_size)
-
-    def postprocess_message(self, msg: dict[str, Any]) -> None:
-        # NumPyro's warning of a pin of another length is the model's own to give,
-        # once, when it runs in earnest.
-        msg["args"] = (msg["args"][0], jnp.shape(msg["value"])[0])
-
-
-class _Outside(Messenger):
-    """Stands for what is around a rehearsal and must still be felt inside."""
-
-    def __init__(self, gives_params: bool) -> None:
-        super().__init__()
-        self.pinned: set[str] = set()
-        self._gives_params = gives_params
-        self._pins = [
-            handler
-            for handler in reversed(_PYRO_STACK)
-            if isinstance(handler, handlers.substitute | handlers.replay)
-        ]
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "plate":
-            inner = msg["value"]
-            for handler in self._pins:
-                handler.process_message(msg)
-            if msg["value"] is not inner:
-                self.pinned.add(msg["name"])
-        elif msg["type"] in ("param", "mutable"):
-            # Parameters with rows may be those of the batch only.
-            if self._gives_params and msg["kwargs"].get("event_dim") is None:
-                for handler in self._pins:
-                    handler.process_message(msg)
-            # The model may write into a container, which is the user's.
-            msg["value"] = jax.tree.map(jax.lax.stop_gradient, msg["value"])
-
-
-def _any_value(msg: dict[str, Any]) -> Any:
-    """Spare a rehearsal the prior's sampler, which can be slow or missing."""
-    if msg["type"] != "sample" or msg["value"] is not None:
-        return None
-    try:
-        return init_to_uniform(msg)
-    except (NotImplementedError, ValueError):
-        # No bijection to the support, as of discrete or spherical sites: sample.
-        return None
-
-
-@contextmanager
-def rehearsal(*, gives_params: bool = False) -> Generator[_Outside]:
-    """Let a model run in here unseen: no trace of it, none of the callers' keys spent.
-
-    Pins of plates reach it from outside all the same, and parameters if wanted.
+    Raises
+    ------
+    ValueError
+        If they are not a vector of integers, not between 1 and `size` many, or,
+        where their values are known, not between 0 and `size` - 1.
     """
-    outside = _Outside(gives_params)
-    with (
-        handlers.block(),
-        outside,
-        handlers.substitute(substitute_fn=_any_value),
-        handlers.seed(rng_seed=0),
-    ):
-        yield outside
-
-
-def plates_of_latents(
-    model: Callable, args: tuple, kwargs: dict[str, Any]
-) -> dict[str, set[str]]:
-    """Return the plates that each latent site of a model is in, by site."""
-    with rehearsal(), handlers.trace() as sites:
-        model(*args, **kwargs)
-    return {
-        name: {frame.name for frame in site["cond_indep_stack"]}
-        for name, site in sites.items()
-        if site["type"] == "sample" and not site["is_observed"]
-    }
+    if not isinstance(rows, Tracer):
+        # On NumPy's side, as JAX traces what is computed from a known array, too.
+        rows = np.asarray(rows)
+    if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise ValueError(
+            f"The rows pinned for plate '{name}' (size {size}) must be a vector of "
+            f"integers, but have shape {rows.shape} and type {rows.dtype}."
+        )
+    check_subsample_size(name, size, rows.shape[0])
+    if isinstance(rows, Tracer):
+        return
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"The rows pinned for plate '{name}' (size {size}) run from {low} to "
+            f"{high}, outside 0 to {size - 1}. JAX would clamp them to other rows; "
+            "pin indices into the whole plate."
+        )
 
 
 def check_subsample_size(name: str, size: int, subsample_size: int) -> None:
@@ -188,49 +197,146 @@ def check_subsample_size(name: str, size: int, subsample_size: int) -> None:
     )
 
 
-class PlatesOf(Messenger):
-    """Spares a model further readings of its plates, for the arguments of one call.
+def check_size(name: str, of_model: int, of_guide: int) -> None:
+    """Refuse a plate whose full size has changed since the guide was made."""
+    if of_model != of_guide:
+        raise ValueError(
+            f"Plate '{name}' has size {of_model} in the model, but the guide's "
+            f"parameters were made for {of_guide} rows. Keep the plate's size that of "
+            "the whole data set, or build a new guide and call svi.init again."
+        )
+
+
+# ------------------------------------------------------------------ reading a model
+
+
+class _Around(Handler):
+    """Passes on what handlers around a hidden run would give to it."""
+
+    def __init__(self, around: list[Any], params: bool) -> None:
+        super().__init__()
+        self._around = around
+        self._givers = internals.gives_params() if params else []
+        self.pinned: set[str] = set()
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate":
+            name, size = msg["name"], msg["args"][0]
+            rows = internals.plate_outside(name, size, self._around)["value"]
+            if rows is not None:
+                self.pinned.add(name)
+                msg["value"] = as_rows(name, size, rows)
+        elif msg["type"] in ("param", "mutable"):
+            # Parameters with rows may be those of the batch only.
+            if msg["kwargs"].get("event_dim") is None:
+                for handler in self._givers:
+                    handler.process_message(msg)
+            # The model may write into a container, which is the user's.
+            msg["value"] = jax.tree.map(jax.lax.stop_gradient, msg["value"])
+
+
+def _any_value(msg: dict[str, Any]) -> Any:
+    """Spare a hidden run the prior's sampler, which can be slow or missing."""
+    if msg["type"] != "sample" or msg["value"] is not None:
+        return None
+    try:
+        return init_to_uniform(msg)
+    except (NotImplementedError, ValueError):
+        # No bijection to the support, as of discrete or spherical sites: sample.
+        return None
+
+
+@contextmanager
+def hidden_run(
+    around: list[Any] | None = None, *, params: bool = False
+) -> Generator[_Around]:
+    """Let a model run in here unseen: no trace of it, none of the callers' keys spent.
+
+    Its latents have made-up values, which nothing validates or debugs. Effects of
+    the model's own, such as ``jax.debug.callback``, happen once more.
 
     Parameters
     ----------
-    model, args, kwargs : callable, tuple, dict
-        The model, and what it is called with.
-    plates : dict of str to ModelPlate
-        Those of its plates that have been read.
+    around : list of Messenger, optional
+        The handlers whose pins reach it all the same, the inner ones first; by default
+        all that are entered now.
+    params : bool
+        Whether parameters reach it too.
+    """
+    around = internals.handlers_around() if around is None else around
+    with (
+        internals.without_debugging(),
+        handlers.block(),
+        _Around(around, params) as outside,
+        handlers.substitute(substitute_fn=_any_value),
+        handlers.seed(rng_seed=0),
+    ):
+        yield outside
+
+
+class _EnoughPlates(BaseException):
+    """Leaves the model once every plate that is wanted has been seen.
+
+    Not an ``Exception``, which a model may catch.
     """
 
-    def __init__(
-        self,
-        model: Callable,
-        args: tuple,
-        kwargs: dict[str, Any],
-        plates: dict[str, ModelPlate],
-    ) -> None:
-        super().__init__()
-        self._run = (model, args, kwargs)
-        self.plates = plates
 
-    def answers(
-        self, model: Callable, args: tuple, kwargs: dict[str, Any], names: Collection
-    ) -> bool:
-        """Tell whether these plates of this model are known, called with this."""
-        own_model, own_args, own_kwargs = self._run
-        if model != own_model or kwargs.keys() != own_kwargs.keys():
-            return False
-        given = (*args, *(kwargs[name] for name in own_kwargs))
-        own = (*own_args, *own_kwargs.values())
-        same = len(given) == len(own) and all(map(operator.is_, given, own))
-        return same and self.plates.keys() >= set(names)
+class _PlateWatcher(Handler):
+    """Sees one plate message before all other handlers do, and spares it the draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.message: dict[str, Any] = {}
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        self.message = msg
+        if msg["value"] is not None:
+            internals.note_default(msg["value"])
+        msg["fn"] = _first_rows
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        # NumPyro's warning of a pin of another length comes when the model runs
+        # in earnest.
+        if not internals.is_default(msg["value"]):
+            msg["value"] = as_rows(msg["name"], msg["args"][0], msg["value"])
+        msg["args"] = (msg["args"][0], msg["value"].shape[0])
+
+
+def _first_rows(size: int, subsample_size: int, rng_key: Any = None) -> jax.Array:
+    # A true draw would shuffle the whole plate. (One function for all messages: those
+    # of the branches of a `cond` have to be equal.)
+    return internals.note_default(jnp.arange(subsample_size))
+
+
+class _GatherWatcher(Handler):
+    """Notes the plates in which parameters or ``numpyro.subsample`` hold rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plates: set[str] = set()
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] not in ("param", "subsample"):
+            return
+        event_dim = msg["kwargs"].get("event_dim")
+        if event_dim is None:
+            return
+        shape = jnp.shape(msg["value"])
+        for plate in internals.plates_around(self):
+            axis = len(shape) + (plate.dim or 0) - event_dim
+            if 0 <= axis < len(shape) and shape[axis] != 1:
+                self.plates.add(plate.name)
 
 
 def read_plates(
     model: Callable,
     args: tuple,
     kwargs: dict[str, Any],
+    around: list[Any],
     *,
     until: Collection[str] | None = None,
-) -> dict[str, ModelPlate]:
-    """Learn the plates of `model` by running it, hidden from everything around.
+) -> dict[str, PlateRows]:
+    """Learn the rows of a model's plates by running it, hidden from everything around.
 
     Parameters
     ----------
@@ -238,81 +344,82 @@ def read_plates(
         The NumPyro model.
     args, kwargs : tuple, dict
         What the model is called with.
+    around : list of Messenger
+        The handlers around guide and model, whose pins count; the inner ones first.
     until : collection of str, optional
         Leave the model as soon as all of these plates have been seen. By default
         it runs to its end.
 
     Returns
     -------
-    dict of str to ModelPlate
+    dict of str to PlateRows
         By name. Where plates of one name stand in the model several times, the last
         one counts, as in a trace.
 
     Raises
     ------
     ValueError
-        If a plate is asked for fewer rows than one, or for more than it has.
+        If a plate is asked for fewer rows than one or for more than it has, or if
+        pinned rows are not indices into their plate.
     """
-    if until is not None:
-        for known in _PYRO_STACK:
-            if isinstance(known, PlatesOf) and known.answers(
-                model, args, kwargs, until
-            ):
-                return known.plates
-    plates: dict[str, ModelPlate] = {}
+    plates: dict[str, PlateRows] = {}
+    final_names: dict[str, str] = {}  # handlers in the model may change them
 
     # Without their parameters, networks would be initialised at every reading.
-    with rehearsal(gives_params=True) as outside:
+    with hidden_run(around, params=True) as outside, _GatherWatcher() as gathering:
 
         def watched(
-            subsample: _Subsample,
+            subsample: Callable,
             name: str,
             size: int,
             subsample_size: int | None,
             dim: int | None,
         ) -> tuple[int, jax.Array]:
-            taken = size if subsample_size is None else int(subsample_size)
-            check_subsample_size(name, size, taken)
-            watcher = _PlateWatcher()
-            with watcher:
+            check_subsample_size(
+                name, size, size if subsample_size is None else int(subsample_size)
+            )
+            with _PlateWatcher() as watcher:
                 dim, rows = subsample(name, size, subsample_size, dim)
-            # Handlers may have renamed the plate.
-            name = watcher.message["name"]
-            pinned = not watcher.drawn and rows is not watcher.preset
-            plates[name] = ModelPlate(
+            name = final_names[name] = watcher.message["name"]
+            pinned = not internals.is_default(rows)
+            by_handler = pinned and name in outside.pinned
+            # Rows are in order by default; then they stand for those yet to be drawn.
+            forced = not pinned and rows.shape[0] == size
+            plates[name] = PlateRows(
                 name=name,
                 size=size,
-                asked=subsample_size,
-                subsample_size=rows.shape[0],
+                argument=size if forced and subsample_size else subsample_size,
+                rows=rows if pinned else None,
+                pinned_by=("handler" if by_handler else "model") if pinned else None,
                 dim=dim,
-                rows=rows if pinned and name not in outside.pinned else None,
             )
             if until is not None and plates.keys() >= set(until):
-                raise _EnoughPlatesError
+                raise _EnoughPlates
             return dim, rows
 
-        with _plates_made_by(watched), suppress(_EnoughPlatesError):
+        with internals.plates_made_by(watched), suppress(_EnoughPlates):
             model(*args, **kwargs)
+    for made_as in gathering.plates & final_names.keys():
+        name = final_names[made_as]
+        plates[name] = replace(plates[name], gathers=True)
     return plates
 
 
-class _AllRows(Messenger):
+# ------------------------------------------------------------------ all rows
+
+
+class _AllRows(Handler):
     """Has the last word on the rows of one plate: all of them, in order."""
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        self._preset = msg["value"]
+        self._rows = internals.note_default(msg["value"])
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        msg["value"] = self._preset
+        msg["value"] = self._rows
         msg["args"] = (msg["args"][0], None)
 
 
-def at_full_size() -> bool:
-    """Tell whether the plate that is being made is going to take all its rows."""
-    return any(isinstance(handler, _AllRows) for handler in _PYRO_STACK)
-
-
-class _WholeData(Messenger):
+class _WholeData(Handler):
     """Refuses observed sites whose data do not cover the plates they are in."""
 
     def process_message(self, msg: dict[str, Any]) -> None:
@@ -329,28 +436,6 @@ class _WholeData(Messenger):
                 )
 
 
-def take_rows(value: Any, rows: jax.Array, size: int, axis: int) -> Any:
-    """Take `rows` of a value that has all `size` of them at `axis`; else leave it."""
-    shape = jnp.shape(value)
-    if len(shape) < -axis or shape[axis] == 1 or shape[axis] != size:
-        return value
-    return jnp.take(value, rows, axis)
-
-
-def rows_of_enclosing(value: Any, msg: dict[str, Any]) -> Any:
-    """Take the rows of the plates around a site of a value that has all of them."""
-    event_dim = msg["fn"].event_dim
-    dims = {frame.dim: frame.size for frame in msg["cond_indep_stack"]}
-    for handler in _PYRO_STACK:
-        # NumPyro's plate or funsor's. Their names may have been changed on the way.
-        if dims.get(getattr(handler, "dim", None)) == getattr(
-            handler, "subsample_size", 0
-        ):
-            indices = getattr(handler, "indices", handler._indices)
-            value = take_rows(value, indices, handler.size, handler.dim - event_dim)
-    return value
-
-
 @contextmanager
 def full_size() -> Generator[None]:
     """Make every plate in here take all its rows, in order.
@@ -363,7 +448,7 @@ def full_size() -> Generator[None]:
     """
 
     def all_rows(
-        subsample: _Subsample,
+        subsample: Callable,
         name: str,
         size: int,
         subsample_size: int | None,
@@ -372,5 +457,5 @@ def full_size() -> Generator[None]:
         with _AllRows():
             return subsample(name, size, None, dim)
 
-    with _plates_made_by(all_rows), _WholeData():
+    with internals.plates_made_by(all_rows), _WholeData():
         yield

@@ -1,47 +1,52 @@
-"""Answer questions about the posterior after training on batches of any size."""
+"""Run the posterior methods of guides after training on batches of any size."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.distributions.transforms import biject_to
+from numpyro.handlers import substitute
 from numpyro.infer import Predictive
-from numpyro.infer.autoguide import AutoGuide, AutoSemiDAIS
-from numpyro.primitives import Messenger
-from numpyro.util import find_stack_level
+from numpyro.infer.autoguide import AutoGuide, AutoGuideList, AutoSemiDAIS
 
+from . import internals
+from .alignment import warn
 from .guide_call import GuideCall
-from .guides import served
-from .plates import full_size, rows_of_enclosing
+from .guides import Serving, is_served, served
+from .model_call import ModelCall
+from .plates import full_size
 
-QUESTIONS = ("sample_posterior", "median", "quantiles", "get_transform")
+POSTERIOR_METHODS = (
+    "sample_posterior",
+    "median",
+    "quantiles",
+    "get_transform",
+    "get_posterior",
+)
 
-_asked: list[AutoGuide] = []
 
-
-def ask_autoguide(
-    guide: AutoGuide, question: str, run: Callable, args: tuple, kwargs: dict[str, Any]
+def call_posterior_method(
+    guide: AutoGuide, method: str, run: Callable, /, *args: Any, **kwargs: Any
 ) -> Any:
     """Run a posterior method of an autoguide, whatever its first call's size was.
 
     Latents come back for all rows. Deterministic sites are those of the model's
-    arguments where these are given, else those of the first call's at full size.
-    Where the model cannot be run so, they are left out with a warning.
+    arguments where these are given, else those of the first call's at full size. Where
+    the model cannot run so, those that need the rows are left out, with a warning.
 
     Parameters
     ----------
     guide : AutoGuide
         The guide, trained on batches of whatever sizes.
-    question : str
-        One of `QUESTIONS`.
+    method : str
+        One of `POSTERIOR_METHODS`.
     run : callable
-        The class's own method of that name.
-    args, kwargs : tuple, dict
+        The class's own method of that name, bound to the guide.
+    *args, **kwargs
         What the method is called with.
 
     Returns
@@ -49,50 +54,88 @@ def ask_autoguide(
     Any
         What the method returns.
     """
-    if guide.prototype_trace is None or any(guide is other for other in _asked):
-        return run(guide, *args, **kwargs)
+    if guide.prototype_trace is None or is_served(guide):
+        return run(*args, **kwargs)
     model_args, model_kwargs = (), {}
-    if question == "sample_posterior":
-        model_args = args[2:]
+    of_params = 0
+    if method == "sample_posterior":
+        of_params, model_args = 1, args[2:]
         own = ("rng_key", "params", "sample_shape")
         model_kwargs = {k: v for k, v in kwargs.items() if k not in own}
-    _asked.append(guide)
-    try:
-        if isinstance(guide, AutoSemiDAIS):
-            # Its local latents are functions of their data: it runs as when called.
-            with (
-                GuideCall(guide.model, model_args, model_kwargs) as call,
-                served(guide, call, model_args, model_kwargs),
-            ):
-                return run(guide, *args, **kwargs)
-        if model_args or model_kwargs:
-            params = args[1] if len(args) > 1 else kwargs["params"]
-            latents = _latents(guide, run, args, kwargs)
-            return latents | _deterministic(
-                guide, latents, params, model_args, model_kwargs
-            )
+    if isinstance(guide, AutoSemiDAIS):
+        # Its local latents are functions of their data: it runs as when called.
+        call = GuideCall(guide.model, model_args, model_kwargs)
+        with call, served(guide, call, model_args, model_kwargs):
+            return run(*args, **kwargs)
+    with Serving(guide):
+        if isinstance(guide, AutoGuideList):
+            return _of_parts(guide, method, args, kwargs)
+        prototype: Any = guide.prototype_trace
+        params = args[of_params] if len(args) > of_params else kwargs["params"]
+        in_model = {name: own for name, own in params.items() if name in prototype}
+        with substitute(data=in_model):
+            if model_args or model_kwargs:
+                latents = _latents(guide, run, args, kwargs)
+                return latents | _of_arguments(
+                    guide, latents, in_model, model_args, model_kwargs
+                )
+            return _of_first_call(guide, run, args, kwargs)
+
+
+def _of_parts(guide: AutoGuideList, method: str, args: tuple, kwargs: dict) -> Any:
+    answer = {}
+    for part in guide:
+        run = getattr(part, method)
+        if issubclass(type(part), AutoGuide):
+            answer |= call_posterior_method(part, method, run, *args, **kwargs)
+        else:
+            answer |= run(*args, **kwargs)
+    return answer
+
+
+def _of_first_call(guide: AutoGuide, run: Callable, args: tuple, kwargs: dict) -> Any:
+    names = _deterministic_sites(guide)
+    reordered = _reordered_plates(guide)
+    why = f"its rows of plates {sorted(reordered)} have another order"
+    if not (names and reordered):
         try:
             with full_size():
-                return run(guide, *args, **kwargs)
+                return run(*args, **kwargs)
         except (TypeError, ValueError) as error:
-            if not _deterministic_names(guide):
+            if not names:
                 raise
-            answer = _latents(guide, run, args, kwargs)
-            warnings.warn(
-                f"Left out the deterministic sites {_deterministic_names(guide)}: the "
-                "model cannot be run on all rows with the arguments of its first call "
-                f"({error}). Pass the model's arguments to get them: "
-                "sample_posterior(rng_key, params, *args).",
-                stacklevel=find_stack_level(),
-            )
-            return answer
-    finally:
-        _asked.pop()
+            why = str(error)
+    latents = _latents(guide, run, args, kwargs)
+    if not isinstance(latents, dict):
+        return latents
+    rest = _independent_of_rows(guide, latents, reordered)
+    left_out = [name for name in names if name not in rest]
+    if left_out:
+        warn(
+            f"Left out the deterministic sites {left_out}: the model cannot be run on "
+            f"all rows with the arguments of its first call ({why}). Pass the model's "
+            "arguments to get them: sample_posterior(rng_key, params, *args).",
+            UserWarning,
+        )
+    return latents | rest
 
 
-def _deterministic_names(guide: AutoGuide) -> list[str]:
+def _deterministic_sites(guide: AutoGuide) -> list[str]:
     prototype: Any = guide.prototype_trace
     return [n for n, site in prototype.items() if site["type"] == "deterministic"]
+
+
+def _reordered_plates(guide: AutoGuide) -> set[str]:
+    """Return the plates of which the first call pinned all rows in another order."""
+    prototype: Any = guide.prototype_trace
+    plates = {n: site for n, site in prototype.items() if site["type"] == "plate"}
+    return {
+        name
+        for name, site in plates.items()
+        if not isinstance(site["value"], internals.Tracer)
+        and len(site["value"]) == site["args"][0]
+        and not np.array_equal(site["value"], np.arange(site["args"][0]))
+    }
 
 
 def _latents(guide: AutoGuide, run: Callable, args: tuple, kwargs: dict) -> Any:
@@ -107,51 +150,79 @@ def _latents(guide: AutoGuide, run: Callable, args: tuple, kwargs: dict) -> Any:
         }
 
     without = {k: v for k, v in prototype.items() if v["type"] != "deterministic"}
-    with (
-        _replaced(guide, _postprocess_fn=constrain, prototype_trace=without),
-        full_size(),
-    ):
-        return run(guide, *args, **kwargs)
+    changes = {"_postprocess_fn": constrain, "prototype_trace": without}
+    with internals.replaced(guide, **changes), full_size():
+        return run(*args, **kwargs)
 
 
-@contextmanager
-def _replaced(guide: AutoGuide, **attributes: Any) -> Generator[None]:
-    as_they_were = {name: getattr(guide, name) for name in attributes}
-    vars(guide).update(attributes)
-    try:
-        yield
-    finally:
-        vars(guide).update(as_they_were)
+def _batch_ndims(guide: AutoGuide, latents: dict[str, jax.Array]) -> int:
+    name, value = next(iter(latents.items()))
+    prototype: Any = guide.prototype_trace
+    return jnp.ndim(value) - jnp.ndim(prototype[name]["value"])
 
 
-def _deterministic(
+def _of_arguments(
     guide: AutoGuide,
     latents: dict[str, jax.Array],
     params: dict[str, Any],
     args: tuple,
     kwargs: dict[str, Any],
 ) -> dict[str, jax.Array]:
-    names = _deterministic_names(guide)
+    """Return the deterministic sites for some arguments of the model."""
+    names = _deterministic_sites(guide)
     if not names:
         return {}
-    prototype: Any = guide.prototype_trace
-    name, value = next(iter(latents.items()))
-    batch_ndims = jnp.ndim(value) - jnp.ndim(prototype[name]["value"])
     predictive = Predictive(
         guide.model,
         latents,
         params=params,
         return_sites=names,
-        batch_ndims=batch_ndims,
+        batch_ndims=_batch_ndims(guide, latents),
     )
-    with LatentsOfAllRows():
+    with ModelCall():
         return predictive(jax.random.key(0), *args, **kwargs)
 
 
-class LatentsOfAllRows(Messenger):
-    """Let a model run on a batch be given latents for all rows of its plates."""
+def _independent_of_rows(
+    guide: AutoGuide, latents: dict[str, jax.Array], reordered: set[str]
+) -> dict[str, jax.Array]:
+    """Return the deterministic sites that the first call's arguments give for any rows.
 
-    def process_message(self, msg: dict[str, Any]) -> None:
-        given = msg["type"] == "sample" and msg["value"] is not None
-        if given and not msg["is_observed"]:
-            msg["value"] = rows_of_enclosing(msg["value"], msg)
+    They stand in no plate of which the first call had other rows than all in order, and
+    depend, by data flow, on no latent there.
+    """
+    prototype: Any = guide.prototype_trace
+    full_sizes = guide._prototype_frame_full_sizes
+
+    def of_batch(name: str) -> bool:
+        return any(
+            frame.name in reordered or frame.size != full_sizes[frame.name]
+            for frame in prototype[name]["cond_indep_stack"]
+        )
+
+    names = [name for name in _deterministic_sites(guide) if not of_batch(name)]
+
+    def of_one_sample(latents: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        unconstrained = {
+            name: biject_to(prototype[name]["fn"].support).inv(value)
+            for name, value in latents.items()
+        }
+        with ModelCall():
+            sites = guide._postprocess_fn(unconstrained)
+        return {name: sites[name] for name in names}
+
+    ndims = _batch_ndims(guide, latents)
+    samples = {n: jnp.reshape(v, (-1, *v.shape[ndims:])) for n, v in latents.items()}
+    first = {name: value[0] for name, value in samples.items()}
+    try:
+        made_from = internals.eval_provenance(
+            lambda **local: of_one_sample(first | local),
+            **{name: value for name, value in first.items() if of_batch(name)},
+        )
+        names = [name for name in names if not made_from[name]]
+        rest = jax.lax.map(of_one_sample, samples)
+    except Exception:
+        # Host code in the model, or arguments that cannot be run on any more.
+        return {}
+    shape = next(iter(latents.values())).shape[:ndims]
+    return {name: jnp.reshape(v, shape + v.shape[1:]) for name, v in rest.items()}

@@ -13,15 +13,14 @@ from numpyro.distributions import constraints
 from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO
 from numpyro.infer.svi import SVIState
-from numpyro.optim import _NumPyroOptim
-from numpyro.primitives import Messenger
 
-from .guide_call import GuideCall
 from .guides import joint_over
+from .internals import Handler, Optimizer
 from .optimizers import REMEDY, Axes, axes_of_leaves, check_rows_are_apart
+from .plates import all_in_order
 
 
-class RowParams(Messenger):
+class RowParams(Handler):
     """Learns, while a loss is computed, which parameters hold the rows of plates.
 
     Attributes
@@ -87,7 +86,9 @@ class RowParams(Messenger):
         for frame in reversed(msg["cond_indep_stack"]):
             axis = len(shape) + frame.dim - (event_dim or 0)
             # Of size 1, it is shared by all rows.
-            if axis < 0 or shape[axis] == 1 or not self._takes_some(frame):
+            if axis < 0 or shape[axis] == 1:
+                continue
+            if all_in_order(self.rows[frame.name], self.sizes[frame.name]):
                 continue
             constraint = msg["kwargs"].get("constraint", constraints.real)
             if len(shape) - axis <= constraint.event_dim:
@@ -99,14 +100,8 @@ class RowParams(Messenger):
             axes[frame.name] = axis
         return axes
 
-    def _takes_some(self, frame: Any) -> bool:
-        call = GuideCall.current()
-        if call is not None:
-            return call.takes_some(frame.name)
-        return frame.size < self.sizes[frame.name]
 
-
-class _ParamsOfTheseRows(Messenger):
+class _ParamsOfTheseRows(Handler):
     """Hands out parameters that hold the batch's rows only, each of them once."""
 
     def __init__(self, axes: Mapping[str, Axes], places: Mapping[str, jax.Array]):
@@ -140,7 +135,7 @@ class RowSteps:
     def __init__(self, svi: SVI) -> None:
         optim = type(svi.optim)
         for method in ("eval_and_update", "eval_and_stable_update"):
-            if getattr(optim, method) is not getattr(_NumPyroOptim, method):
+            if getattr(optim, method) is not getattr(Optimizer, method):
                 raise ValueError(
                     f"{optim.__name__} optimises all parameters together, so that its "
                     f"steps cannot be taken row by row. {REMEDY}"

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
 from numpyro.infer.svi import SVIRunResult, SVIState
 from tqdm.auto import tqdm
 
-from .alignment import ScoreFunctionWatcher, keeps_rows_in_order
+from .alignment import MisalignedSubsampleWarning, ScoreFunctionWatcher
 from .dynamic_subsample import dynamic_subsample
-from .guide_call import GuideCall, check_rows
+from .model_call import pinned_in_model
 from .padding import check_names, valid_rows
-from .plates import ModelPlate, PlatesOf, read_plates
+from .plates import check_rows
 from .rowwise import RowSteps
 
 
@@ -130,7 +129,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> SVIState:
-        with self._batch(None, indices, valid, args, kwargs):
+        with self._batch(indices, valid):
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         # The guide keeps its initial values; a step may be allowed to overwrite these.
         return jax.tree.map(jnp.copy, state)
@@ -228,7 +227,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> Any:
-        with self._batch(svi_state, indices, valid, args, kwargs):
+        with self._batch(indices, valid):
             return super().evaluate(svi_state, *args, **kwargs)
 
     def _step(
@@ -246,7 +245,7 @@ class SubsampleSVI(SVI):
         def evaluate(state: SVIState) -> Any:
             return SVI.evaluate(self, state, *args, **kwargs)
 
-        with self._batch(svi_state, indices, valid, args, kwargs):
+        with self._batch(indices, valid):
             if self._row_steps is None:
                 return ordinary(svi_state)
             return self._row_steps(ordinary, evaluate, svi_state, valid or {})
@@ -254,61 +253,18 @@ class SubsampleSVI(SVI):
     @contextmanager
     def _batch(
         self,
-        svi_state: SVIState | None,
         indices: Mapping[str, ArrayLike] | None,
         valid: Mapping[str, ArrayLike] | None,
-        args: tuple,
-        kwargs: dict[str, Any],
     ) -> Generator[None]:
         """Hold for one step what is known of its batch."""
-        valid = {} if valid is None else valid
-        pins = {
-            name: rows if isinstance(rows, jax.Array) else np.asarray(rows)
-            for name, rows in (indices or {}).items()
-        }
-        counts = valid_rows(valid)
-        run = (self.model, args, {**kwargs, **self.static_kwargs})
-        plates: dict[str, ModelPlate] = {}
-        if pins or valid:
-            # The guide's, too, which is then spared a reading of its own.
-            of_guide = getattr(self.guide, "_prototype_frames", None) or {}
-            until = pins.keys() | valid.keys() | of_guide.keys()
-            with substitute(data=self._networks(svi_state)):
-                plates = read_plates(*run, until=until)
-            check_names("indices", pins, plates)
-            check_names("valid", valid, plates)
-            for name, rows in pins.items():
-                _check_indices(plates[name], rows)
-        data = {name: jnp.asarray(rows) for name, rows in pins.items()}
-        watcher = self._score_function_watcher()
-        known = PlatesOf(*run, plates)
-        with known, counts, substitute(data=data), watcher, dynamic_subsample():
-            for name in valid:
-                rows = data.get(name, plates[name].rows)
-                if rows is not None and len(rows) == plates[name].size:
-                    _check_follows_indices(*run, name, rows)
+        # A handler cannot tell this objective from the others; here it is known.
+        graph = isinstance(self.loss, TraceGraph_ELBO)
+        watcher = ScoreFunctionWatcher(self.guide.fn) if graph else nullcontext()
+        pinned, counts = _PinnedRows(indices or {}), valid_rows(valid or {})
+        with pinned, counts, watcher, dynamic_subsample():
             if valid:
                 self._check_counts_can_be_used(valid)
             yield
-
-    def _networks(self, svi_state: SVIState | None) -> dict[str, Any]:
-        """Return what would be made anew, at some cost, for a model that lacks it."""
-        if svi_state is None:
-            return {}
-        params = self.optim.get_params(svi_state.optim_state)
-        networks = {name: own for name, own in params.items() if isinstance(own, dict)}
-        return networks | (svi_state.mutable_state or {})
-
-    def _score_function_watcher(self) -> AbstractContextManager:
-        # A handler cannot tell this objective from the others; here it is known.
-        if not isinstance(self.loss, TraceGraph_ELBO):
-            return nullcontext()
-
-        def full_size(name: str) -> int | None:
-            call = GuideCall.current()
-            return None if call is None else call.model_plate(name).size
-
-        return ScoreFunctionWatcher(self.guide.fn, full_size)
 
     def _check_counts_can_be_used(self, valid: Mapping[str, ArrayLike]) -> None:
         if isinstance(self.loss, RenyiELBO):
@@ -325,31 +281,46 @@ class SubsampleSVI(SVI):
         )
 
 
-def _check_indices(plate: ModelPlate, rows: np.ndarray | jax.Array) -> None:
-    check_rows(plate.name, plate.size, rows)
-    if plate.rows is not None:
-        raise ValueError(
-            f"The model pins the rows of plate '{plate.name}' (size {plate.size}) "
-            "itself. Leave its indices out, or let the model take the rows that it is "
-            f"given: with numpyro.plate('{plate.name}', ...) as idx."
-        )
-    if len(rows) != plate.subsample_size:
-        raise ValueError(
-            f"indices hold {len(rows)} rows of plate '{plate.name}' (size "
-            f"{plate.size}), but the model takes {plate.subsample_size}. Give as many, "
-            "or make the model's subsample_size the length of its batch."
-        )
+class _PinnedRows(substitute):
+    """Pins the rows that a step is given, and holds the model's plates to them."""
 
+    data: dict[str, jax.Array]
 
-def _check_follows_indices(
-    model: Callable, args: tuple, kwargs: dict[str, Any], name: str, rows: jax.Array
-) -> None:
-    """Refuse padding of a model whose first rows are not those that are pinned."""
-    if keeps_rows_in_order(model, args, kwargs, name, rows):
-        raise ValueError(
-            f"Plate '{name}' is padded to all of its {len(rows)} rows. NumPyro then "
-            "leaves numpyro.subsample in the original order, so that the valid rows "
-            "are not those of the batch. Index data with the plate's indices instead, "
-            f"with numpyro.plate('{name}', ...) as idx: x[idx], or use a capacity "
-            f"below {len(rows)}."
-        )
+    def __init__(self, indices: Mapping[str, ArrayLike]) -> None:
+        # Made arrays here, once: a loss may compile parts of itself.
+        super().__init__(data={n: jnp.asarray(rows) for n, rows in indices.items()})
+        self._known = indices
+        self._plates: set[str] = set()
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate" and msg["name"] in self._known:
+            check_rows(msg["name"], msg["args"][0], self._known[msg["name"]])
+        super().process_message(msg)
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "plate":
+            return
+        name, (size, argument) = msg["name"], msg["args"]
+        self._plates.add(name)
+        # The guide's plates, which have records, follow.
+        if name not in self.data or "plates" in msg:
+            return
+        if pinned_in_model(msg) is not None:
+            raise ValueError(
+                f"The model pins the rows of plate '{name}' (size {size}) itself. "
+                "Leave its indices out, or let the model take the rows that it is "
+                f"given: with numpyro.plate('{name}', ...) as idx."
+            )
+        rows, taken = self.data[name], size if argument is None else argument
+        if len(rows) != taken:
+            raise ValueError(
+                f"indices hold {len(rows)} rows of plate '{name}' (size {size}), but "
+                f"the model takes {taken}. Give as many, or make the model's "
+                "subsample_size the length of its batch."
+            )
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        # A wrong name is the cause of the warning, which may have been made an error.
+        if exc_type in (None, MisalignedSubsampleWarning):
+            check_names("indices", self.data, self._plates)

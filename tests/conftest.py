@@ -13,7 +13,8 @@ if CACHE is not None:
 
 import numpyro  # noqa: E402
 import pytest  # noqa: E402
-from numpyro.infer import autoguide  # noqa: E402
+from numpyro.contrib.funsor.enum_messenger import plate as enum_plate  # noqa: E402
+from numpyro.infer import Predictive, autoguide  # noqa: E402
 from numpyro.infer.autoguide import AutoGuide  # noqa: E402
 from numpyro.primitives import _PYRO_STACK  # noqa: E402
 
@@ -28,7 +29,7 @@ def numpyro_state():
     classes = [vars(autoguide)[name] for name in autoguide.__all__]
     return (
         list(_PYRO_STACK),
-        vars(numpyro.plate)["_subsample"],
+        [dict(vars(cls)) for cls in (numpyro.plate, enum_plate, Predictive)],
         [dict(vars(cls)) for cls in classes],
         "__init_subclass__" in vars(AutoGuide),
     )

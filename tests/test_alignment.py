@@ -531,13 +531,6 @@ def test_pins_in_guide_and_model_that_differ(loss):
         svi.evaluate(init(svi, rows=rows), TRUTH[rows], rows)
 
 
-def test_replay_is_put_back():
-    before = handlers.replay.process_message
-    with dynamic_subsample(), dynamic_subsample():
-        assert handlers.replay.process_message is not before
-    assert handlers.replay.process_message is before
-
-
 # ------------------------------------------------------------------ gradients, counts
 
 

@@ -1,5 +1,7 @@
 """Which rows of local latents a batch uses, and that they meet their own data."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +75,9 @@ def fit(model, guide, steps=400):
 def test_posterior_of_every_row(model):
     """Hand-written plates leave a shuffled full batch in its original order, so that
     latents are trained on other rows' data there."""
-    params = fit(model, dynamic_subsample(AutoNormal(model)), steps=1500)
+    # A wrapped guide alone cannot make the model take a shuffled `numpyro.subsample`.
+    with dynamic_subsample() if model is subsampling else nullcontext():
+        params = fit(model, dynamic_subsample(AutoNormal(model)), steps=1500)
     exact_mean, exact_sd = TRUTH / 1.01, (1 / 1.01) ** 0.5
     np.testing.assert_allclose(params["z_auto_loc"], exact_mean, atol=0.2)
     np.testing.assert_allclose(params["z_auto_scale"], exact_sd, atol=0.1)

@@ -548,13 +548,6 @@ REFUSED = {
     "float": (plain, X4, {"n": R4 * 1.0}, None, r"vector of integers.*float"),
     "table": (plain, X4, {"n": R4[:, None]}, None, r"vector of integers.*\(4, 1\)"),
     "model pins": (pinning, X4, {"n": R4}, None, r"model pins the rows of plate 'n'"),
-    "order is kept": (
-        subsampling,
-        np.zeros(N),
-        {"n": np.arange(N)[::-1]},
-        {"n": 3},
-        r"'n' is padded to all of its 8 rows.*capacity below 8",
-    ),
 }
 
 

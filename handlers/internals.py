@@ -1,0 +1,263 @@
+"""All that this library needs of NumPyro's and JAX's insides, and of the handler stack.
+
+No other file names what NumPyro or JAX keep private, and no other file looks at the
+stack of handlers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import jax
+import numpyro
+
+try:
+    from jax.core import Tracer
+    from numpyro.contrib.funsor.enum_messenger import enum
+    from numpyro.contrib.funsor.enum_messenger import plate as enum_plate
+    from numpyro.handlers import condition, mask, replay, scope, substitute, trace
+    from numpyro.infer import Predictive
+    from numpyro.infer.autoguide import AutoGuide
+    from numpyro.ops.provenance import eval_provenance
+    from numpyro.optim import _NumPyroOptim as Optimizer
+    from numpyro.primitives import _PYRO_STACK as STACK
+    from numpyro.primitives import CondIndepStackFrame, Messenger, plate
+
+    # What is used of classes; of their instances, see `tests/test_internals.py`.
+    plate._subsample, AutoGuide._setup_prototype, Predictive.__call__  # noqa: B018
+except (AttributeError, ImportError) as error:
+    raise ImportError(
+        f"numpyro_dynamic_subsample works with numpyro 0.21 and 0.22; of numpyro "
+        f"{version('numpyro')} and jax {version('jax')} it misses: {error}."
+    ) from error
+
+__all__ = ["CondIndepStackFrame", "Messenger", "Optimizer", "Tracer", "eval_provenance"]
+
+
+class Handler(Messenger):
+    """A messenger that gives itself to ``with ... as``."""
+
+    def __enter__(self) -> Any:
+        super().__enter__()
+        return self
+
+
+# ------------------------------------------------------------------ plates
+
+_Subsample = Callable[[str, int, int | None, int | None], tuple[int, jax.Array]]
+_Make = Callable[..., tuple[int, jax.Array]]
+
+
+@contextmanager
+def plates_made_by(make: _Make) -> Generator[None]:
+    """Let `make` choose the rows of every new plate, given NumPyro's way of doing so.
+
+    NumPyro makes the message of a plate in this one static method. Only here is a
+    plate met before all handlers, those inside the model too, so that its default rows
+    can be told from rows that somebody pins.
+    """
+    with replaced(plate, _subsample=staticmethod(partial(make, plate._subsample))):
+        yield
+
+
+def rows_of(plate: Any) -> jax.Array:
+    """Return the rows of a plate, NumPyro's or funsor's."""
+    return plate._indices.data if isinstance(plate, enum_plate) else plate._indices
+
+
+PLATE_CLASSES = (plate, enum_plate)
+
+
+def plates_around(outside: Any = None) -> Iterator[Any]:
+    """Yield the plates that are entered now, the inner ones first.
+
+    Parameters
+    ----------
+    outside : Messenger, optional
+        Leave out the plates that were entered before this handler.
+    """
+    for handler in handlers_inside(outside):
+        if isinstance(handler, PLATE_CLASSES):
+            yield handler
+
+
+# Rows that a plate has by default, by identity: those in order, made by NumPyro. They
+# cannot be told from pinned rows by value, since a compiled step has no values.
+_default_rows: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+def note_default(rows: jax.Array) -> jax.Array:
+    """Remember that nobody pinned these rows, and return them."""
+    _default_rows[id(rows)] = rows
+    return rows
+
+
+def is_default(rows: Any) -> bool:
+    """Tell whether these rows were noted by ``note_default``."""
+    return _default_rows.get(id(rows)) is rows
+
+
+# ------------------------------------------------------------------ the handler stack
+
+_Handler = TypeVar("_Handler")
+
+
+def find(handler_type: type[_Handler]) -> _Handler | None:
+    """Return the innermost handler of a type that is entered, if there is one."""
+    return next((h for h in reversed(STACK) if isinstance(h, handler_type)), None)
+
+
+def find_outermost(handler_type: type[_Handler]) -> _Handler | None:
+    """Return the outermost handler of a type that is entered, if there is one."""
+    return next((h for h in STACK if isinstance(h, handler_type)), None)
+
+
+def handlers_inside(handler: Any = None) -> list[Any]:
+    """Return the handlers entered after `handler`, the inner ones first."""
+    return STACK[0 if handler is None else STACK.index(handler) + 1 :][::-1]
+
+
+def handlers_around(handler: Any = None) -> list[Any]:
+    """Return the handlers entered before `handler`, the inner ones first."""
+    return STACK[: None if handler is None else STACK.index(handler)][::-1]
+
+
+def plate_outside(name: str, size: int, handlers: Iterable[Any]) -> dict[str, Any]:
+    """Return what some handlers make of the message of a plate.
+
+    Parameters
+    ----------
+    name : str
+        The plate's name, as the first of the handlers meets it.
+    size : int
+        Its size.
+    handlers : iterable of Messenger
+        The handlers, the inner ones first. Those count that rename plates or pin rows.
+
+    Returns
+    -------
+    dict
+        The message: its "name" outside of the handlers, and as "value" the rows that
+        they pin, None where they do not.
+    """
+    msg: dict[str, Any] = {"type": "plate", "name": name, "args": (size, None)}
+    msg |= {"kwargs": {"rng_key": None}, "value": None, "cond_indep_stack": []}
+    for handler in handlers:
+        if isinstance(handler, substitute | replay | scope):
+            handler.process_message(msg)
+    return msg
+
+
+def name_inside(name: str, handlers: Sequence[Any]) -> str:
+    """Return a plate's name before these handlers, inner ones first, changed it."""
+    for handler in reversed(handlers):
+        if isinstance(handler, scope) and "plate" not in handler.hide_types:
+            name = name.removeprefix(f"{handler.prefix}{handler.divider}")
+    return name
+
+
+def noted_plates(trace: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the records, by name, that guides have left in the sites of a trace."""
+    records = {}
+    for site in trace.values():
+        for record in site.get("plates", {}).values():
+            records[record.name] = record
+    return records
+
+
+def trace_around(handlers: Iterable[Any]) -> Mapping[str, Any]:
+    """Return what the first trace among some handlers has recorded so far."""
+    return next((h.trace for h in handlers if isinstance(h, trace)), {})
+
+
+def replayed() -> replay | None:
+    """Return the handler that runs a model against the trace of a guide, if any."""
+    return find(replay)
+
+
+def is_replayed(name: str) -> bool:
+    """Tell whether the value of a site comes from the trace of a guide.
+
+    ``Trace_ELBO(multi_sample_guide=True)`` substitutes such values, and with them the
+    rows of their plates.
+    """
+    for handler in handlers_around():
+        if isinstance(handler, replay) and name in handler.trace:
+            return True
+        data = getattr(handler, "data", None) if type(handler) is substitute else None
+        if data is not None and name in data:
+            return any(p.name in data for p in plates_around())
+    return False
+
+
+def is_conditioned(name: str) -> bool:
+    """Tell whether a site is observed because ``condition`` makes it so."""
+    return any(
+        isinstance(handler, condition)
+        and (handler.data is None or name in handler.data)
+        for handler in STACK
+    )
+
+
+def gives_params() -> list[Any]:
+    """Return the handlers that hand out parameters now, the inner ones first."""
+    return [h for h in handlers_around() if isinstance(h, substitute | replay)]
+
+
+def enumerating() -> bool:
+    """Tell whether funsor enumerates sites, as ``TraceEnum_ELBO`` does."""
+    return find(enum) is not None
+
+
+def under_renyi_elbo() -> bool:
+    """Tell whether ``RenyiELBO`` runs.
+
+    An objective leaves no name on the stack. This one alone seeds plates apart from
+    sites, so that its particles share their rows.
+    """
+    return any("sample" in getattr(h, "hide_types", ()) for h in STACK)
+
+
+def under_predictive() -> bool:
+    """Tell whether ``Predictive`` runs a guide or a model.
+
+    It leaves no name on the stack either, but masks what it runs. A user who masks a
+    guide's sites in training is taken for it, and may get a warning too many.
+    """
+    return any(isinstance(h, mask) and h.mask is False for h in STACK)
+
+
+# ------------------------------------------------------------------ changes, undone
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Generator[None]:
+    """Give a class or an object other attributes, and its own ones back at the end."""
+    missing = object()
+    before = {name: vars(owner).get(name, missing) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is missing:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+@contextmanager
+def without_debugging() -> Generator[None]:
+    """Let nothing validate or debug the values that are computed in here."""
+    with numpyro.validation_enabled(False):
+        if not (jax.config.jax_debug_nans or jax.config.jax_debug_infs):
+            yield
+            return
+        with jax.debug_nans(False), jax.debug_infs(False):
+            yield

@@ -1,0 +1,182 @@
+"""Hold a model, in a context, to the rows that its guide took, and to its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import internals
+from .internals import Handler, Tracer
+from .plates import (
+    PlateRows,
+    as_rows,
+    check_size,
+    take_pinned_rows,
+    take_rows_of_plates,
+)
+
+_REMEDY = (
+    "Name the model that the guide is to follow, dynamic_subsample(guide, "
+    "model=model), or pin the rows once, around guide and model alike."
+)
+
+
+class ModelCall(Handler):
+    """Lets what runs in here use the rows of its plates wherever it has such.
+
+    A model that runs against a guide gets the guide's rows, or an error where it wants
+    others. It takes the rows of its plates from samples of all rows, and also from
+    parameters and ``numpyro.subsample`` where NumPyro leaves these as they are.
+    """
+
+    def __enter__(self) -> Any:
+        if internals.find(ModelCall) is None:
+            self._changes = ExitStack()
+            for change in _changes_of_numpyro():
+                self._changes.enter_context(change)
+        return super().__enter__()
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if internals.find(ModelCall) is None:
+            self._changes.close()
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        # A guide's messages have the records of its plates, and need nothing here. Of
+        # nested contexts one acts.
+        if "plates" in msg or internals.find_outermost(ModelCall) is not self:
+            return
+        if msg["type"] == "plate":
+            self._check_rows(msg)
+        elif msg["type"] == "sample" and msg["value"] is not None:
+            self._take_rows(msg)
+
+    def _check_rows(self, msg: dict[str, Any]) -> None:
+        replayed = internals.replayed()
+        if replayed is None:
+            return
+        plate = internals.noted_plates(replayed.trace).get(msg["name"])
+        if plate is None or plate.rows is None:
+            return
+        check_same_rows(msg, plate, pinned_in_model(msg))
+        # `replay` does so too, but for the trace of `TraceEnum_ELBO`, which has no
+        # plates.
+        msg["value"] = plate.rows
+
+    def _take_rows(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"]:
+            of_all_rows = internals.is_conditioned(msg["name"])
+        else:
+            of_all_rows = not internals.is_replayed(msg["name"])
+        if of_all_rows and internals.find(ValuesOfBatch) is None:
+            msg["value"] = take_rows_of_plates(msg["value"], msg)
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        rows = msg["value"] if msg["type"] == "plate" else None
+        if rows is not None and not isinstance(rows, jax.Array):
+            msg["value"] = as_rows(msg["name"], msg["args"][0], rows)
+
+
+class ValuesOfBatch(Handler):
+    """Says that the samples that a model is given are of the batch, not of all rows."""
+
+
+def _changes_of_numpyro() -> list[Any]:
+    """Return what is changed in NumPyro's classes while a context is entered."""
+
+    def noting_default(
+        subsample: Callable, name: str, *args: Any
+    ) -> tuple[int, jax.Array]:
+        with _DefaultRows():
+            return subsample(name, *args)
+
+    def taking(postprocess: Callable) -> Callable:
+        # NumPyro's plate is asked last, after every trace has noted the value, so that
+        # parameters are noted with all their rows.
+        @wraps(postprocess)
+        def postprocess_message(plate: Any, msg: dict[str, Any]) -> None:
+            postprocess(plate, msg)
+            take_pinned_rows(plate, msg)
+
+        return postprocess_message
+
+    def of_batch(call: Callable) -> Callable:
+        @wraps(call)
+        def predict(predictive: Any, *args: Any, **kwargs: Any) -> Any:
+            if predictive.guide is None:
+                return call(predictive, *args, **kwargs)
+            with ValuesOfBatch():
+                return call(predictive, *args, **kwargs)
+
+        return predict
+
+    changes = [internals.plates_made_by(noting_default)]
+    for owner, name, change in (
+        *((cls, "postprocess_message", taking) for cls in internals.PLATE_CLASSES),
+        (internals.Predictive, "__call__", of_batch),
+    ):
+        changes.append(internals.replaced(owner, **{name: change(vars(owner)[name])}))
+    return changes
+
+
+class _DefaultRows(Handler):
+    """Notes the rows that a plate has before any handler pins others."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["value"] is not None:
+            internals.note_default(msg["value"])
+
+
+def pinned_in_model(msg: dict[str, Any]) -> Any:
+    """Return the rows that a handler inside of a replayed model pins, None if none."""
+    made_as = internals.name_inside(msg["name"], internals.handlers_around())
+    inside = internals.handlers_inside(internals.replayed())
+    return internals.plate_outside(made_as, msg["args"][0], inside)["value"]
+
+
+def check_same_rows(msg: dict[str, Any], plate: PlateRows, pinned: Any) -> None:
+    """Refuse a plate of the model that wants other rows than its guide took.
+
+    Parameters
+    ----------
+    msg : dict
+        The message of the model's plate.
+    plate : PlateRows
+        What the plate took in the guide.
+    pinned : array or None
+        The rows that a handler inside of the model pins.
+    """
+    name, (size, argument) = msg["name"], msg["args"]
+    rows: Any = plate.rows
+    check_size(name, size, plate.size)
+    if plate.pinned_by == "handler":
+        # It pins the model's rows too.
+        return
+    if argument is not None and argument != rows.shape[0]:
+        raise ValueError(
+            f"The model asks plate '{name}' (size {size}) for {argument} rows, but the "
+            f"guide that it runs against took {rows.shape[0]}. {_REMEDY}"
+        )
+    if pinned is None or pinned is rows:
+        return
+    if isinstance(pinned, Tracer) or isinstance(rows, Tracer):
+        differ = plate.pinned_by is None
+    else:
+        differ = not np.array_equal(pinned, rows)
+    if differ:
+        raise ValueError(
+            f"The model pins rows {_shortened(pinned)} of plate '{name}' (size "
+            f"{size}), but the guide that it runs against took {_shortened(rows)}. "
+            f"{_REMEDY}"
+        )
+
+
+def _shortened(rows: Any) -> str:
+    if isinstance(rows, Tracer):
+        return "that are arguments of the compiled step"
+    return np.array2string(np.asarray(rows), threshold=8, edgeitems=3)
