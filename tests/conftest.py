@@ -24,12 +24,20 @@ def pytest_unconfigure():
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
+CHANGED = [
+    (numpyro.plate, "_subsample"),
+    (numpyro.plate, "postprocess_message"),
+    (enum_plate, "postprocess_message"),
+    (Predictive, "__call__"),
+]
+
+
 def numpyro_state():
     """What a handler of this library touches in NumPyro."""
     classes = [vars(autoguide)[name] for name in autoguide.__all__]
     return (
         list(_PYRO_STACK),
-        [dict(vars(cls)) for cls in (numpyro.plate, enum_plate, Predictive)],
+        [vars(cls)[name] for cls, name in CHANGED],
         [dict(vars(cls)) for cls in classes],
         "__init_subclass__" in vars(AutoGuide),
     )

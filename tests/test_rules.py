@@ -201,3 +201,198 @@ def test_every_row_meets_its_own(guide, form):
             assert len(observed) == sites
             for value in observed:
                 np.testing.assert_allclose(value, truth(rows, not alone), rtol=2e-3)
+
+
+OBJECTIVES = [
+    Trace_ELBO(),
+    TraceMeanField_ELBO(),
+    TraceGraph_ELBO(),
+    TraceEnum_ELBO(max_plate_nesting=1),
+    RenyiELBO(num_particles=1),
+]
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES, ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("guide", ["by hand, with index", "two autoguides"])
+def test_objectives_in_a_context(guide, loss):
+    """All rows in another order have the loss that they have in order."""
+    with contexts(FORMS["context"]):
+        of_rows = compiled_loss(FORMS["context"], guide, full, loss)
+        found = [of_rows(jnp.array(BATCHES[k])) for k in ("in order", "shuffled")]
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
+def test_multi_sample_guide_in_a_context():
+    def guide(x, rows):
+        with plate(rows, True) as idx:
+            loc = numpyro.param("z_auto_loc", jnp.zeros(N))[idx]
+            for name, value in (("z", loc), ("w", 0 * loc)):
+                numpyro.sample(name, dist.Normal(value, 1e-4).expand_by([3]).mask(True))
+
+    loss = Trace_ELBO(multi_sample_guide=True)
+    svi = SVI(full, guide, optax.sgd(0.1), loss)
+    params = {"z_auto_loc": jnp.asarray(LOC), "bias": jnp.asarray(BIAS)}
+
+    def of(rows):
+        rows = jnp.array(rows)
+        args = (jax.random.key(0), params, full, guide, jnp.asarray(X)[rows], rows)
+        return svi.loss.loss(*args)
+
+    with dynamic_subsample():
+        found = [of(BATCHES[kind]) for kind in ("in order", "shuffled")]
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+# ------------------------------------------------------------------ Predictive
+
+
+def doubling(x, rows, pinned=True):
+    """Rows in the order of the batch: the latent, less the row's own datum."""
+    with plate(rows, pinned) as idx:
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.deterministic("sliced", z - x)
+        numpyro.deterministic("indexed", z - jnp.asarray(X)[idx])
+        numpyro.sample("y", dist.Normal(z, 1), obs=x)
+
+
+def conditioned(x, rows):
+    handlers.condition(doubling, data={"z": jnp.asarray(LOC)})(x, rows)
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("nested", [False, True], ids=["one context", "two contexts"])
+@pytest.mark.parametrize("given", ["samples", "guide", "guide by hand", "condition"])
+def test_predictive_pairs_rows_with_their_own(given, nested, kind):
+    rows = jnp.array(BATCHES[kind])
+    x = jnp.asarray(X)[rows]
+    samples = {"z": jnp.asarray([LOC, LOC + 1])}
+    guide = AutoDelta(doubling)
+
+    def guide_by_hand(x, rows):
+        with plate(rows, True) as idx:
+            numpyro.sample("z", dist.Delta(jnp.asarray(LOC)[idx]))
+
+    with ExitStack() as stack:
+        for _ in range(1 + nested):
+            stack.enter_context(dynamic_subsample())
+        if given == "samples":
+            predictive = Predictive(doubling, samples)
+        elif given == "guide":
+            with handlers.seed(rng_seed=0):
+                guide(x, rows)
+            params = {"z_auto_loc": jnp.asarray(LOC)}
+            predictive = Predictive(doubling, guide=guide, params=params, num_samples=2)
+        elif given == "guide by hand":
+            predictive = Predictive(doubling, guide=guide_by_hand, num_samples=2)
+        else:
+            predictive = Predictive(conditioned, num_samples=2)
+        found = predictive(jax.random.key(0), x, rows)
+    shift = np.array([0.0, 1.0 if given == "samples" else 0.0])[:, None]
+    expected = (LOC - X)[np.asarray(rows)] + shift
+    np.testing.assert_allclose(found["indexed"], expected)
+    np.testing.assert_allclose(found["sliced"], expected)
+
+
+# ------------------------------------------------------------------ posterior methods
+
+POSTERIOR_GUIDES = [AutoNormal, AutoDelta, AutoMultivariateNormal]
+
+
+def initialised(guide_class, rows, form):
+    guide = guide_class(doubling)
+    rows = jnp.array(rows)
+    with contexts(form), handlers.seed(rng_seed=0), handlers.trace() as sites:
+        (dynamic_subsample(guide) if form.wrap else guide)(jnp.asarray(X)[rows], rows)
+    params = {n: s["value"] for n, s in sites.items() if s["type"] == "param"}
+    of_rows = {"auto_loc": LOC, "z_auto_loc": LOC}
+    params = {n: jnp.asarray(of_rows.get(n, v)) for n, v in params.items()}
+    return dynamic_subsample(guide) if form.wrap else guide, params
+
+
+@pytest.mark.parametrize("form", ["wrapper", "context"])
+@pytest.mark.parametrize("guide_class", POSTERIOR_GUIDES)
+@pytest.mark.parametrize("kind", ["shuffled", "with replacement"])
+def test_posterior_for_a_full_batch_of_any_order(guide_class, form, kind):
+    guide, params = initialised(guide_class, range(N), FORMS[form])
+    rows = jnp.array(BATCHES[kind])
+    with contexts(FORMS[form]):
+        key = jax.random.key(0)
+        drawn = guide.sample_posterior(key, params, jnp.asarray(X)[rows], rows)
+    expected = (drawn["z"] - X)[rows]
+    np.testing.assert_allclose(drawn["sliced"], expected)
+    np.testing.assert_allclose(drawn["indexed"], expected)
+
+
+@pytest.mark.parametrize("form", ["wrapper", "context"])
+@pytest.mark.parametrize("guide_class", POSTERIOR_GUIDES)
+def test_first_call_with_all_rows_in_another_order(guide_class, form):
+    """Its data do not line up with the plate's order, and are left out."""
+    guide, params = initialised(guide_class, BATCHES["shuffled"], FORMS[form])
+    with contexts(FORMS[form]):
+        asked = [lambda: guide.sample_posterior(jax.random.key(0), params)]
+        if guide_class is not AutoDelta:
+            asked += [lambda: guide.quantiles(params, [0.5]), lambda: guide.median(params)]
+        for ask in asked:
+            with pytest.warns(UserWarning, match=r"'indexed'.*\['n'\] have another order"):
+                answer = ask()
+            assert answer.keys() == {"z"}
+
+
+@pytest.mark.parametrize("guide_class", [AutoLaplaceApproximation, AutoDAIS])
+@pytest.mark.parametrize("by", ["model", "handler"])
+def test_first_data_that_a_guide_keeps_must_be_in_order(guide_class, by):
+    rows = jnp.array(BATCHES["shuffled"])
+    guide = dynamic_subsample(guide_class(doubling))
+    pins = handlers.substitute(data={} if by == "model" else {"n": rows})
+    message = rf"{guide_class.__name__} takes the data.*plate 'n' \(size 6\).*arange\(6\)"
+    with pins, handlers.seed(rng_seed=0), pytest.raises(ValueError, match=message):
+        guide(jnp.asarray(X)[rows], rows, by == "model")
+    assert guide.prototype_trace is None
+
+
+# ------------------------------------------------------------------ a wrapper alone
+
+
+def test_what_a_wrapper_alone_cannot_reach():
+    """A guide without a site in the plate, and parameters of the model there."""
+
+    def model(x, rows):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with plate(rows, True):
+            bias = numpyro.param("bias", jnp.zeros(N), event_dim=0)
+            numpyro.sample("y", dist.Normal(mu + bias, 1), obs=x)
+
+    guide = dynamic_subsample(AutoNormal(model))
+    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    x = jnp.asarray(X)
+    state = svi.init(jax.random.key(0), x, jnp.arange(N))
+    svi.update(state, x, jnp.arange(N))
+    rows = jnp.array(BATCHES["shuffled"])
+    step = jax.jit(svi.update)
+    with pytest.raises(ValueError, match="All 6 rows of plate 'n' .* SubsampleSVI"):
+        step(state, x[rows], rows)
+    with dynamic_subsample():
+        after = svi.get_params(step(state, x[rows], rows)[0])["bias"]
+    mu = svi.get_params(state)["mu_auto_loc"]
+    # A step goes a tenth of the way to the row's own residual.
+    np.testing.assert_allclose(after, 0.1 * (X - mu), atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["in order", "shuffled"])
+def test_padding_to_all_rows_follows_the_indices(kind):
+    """Also in ``numpyro.subsample``."""
+
+    def model(x):
+        with numpyro.plate("n", N, subsample_size=len(x)):
+            z = numpyro.sample("z", dist.Normal(0, 10))
+            data = numpyro.subsample(jnp.asarray(X), event_dim=0)
+            numpyro.sample("y", dist.Normal(z, 1), obs=data)
+
+    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO())
+    rows = jnp.array(BATCHES[kind])
+    state = svi.init(jax.random.key(0), X)
+    state = state._replace(optim_state=svi.optim.init({"z_auto_loc": jnp.asarray(LOC)}))
+    loss = svi.evaluate(state, X, indices={"n": rows}, valid={"n": 2})
+    two = np.asarray(rows[:2])
+    of_rows = dist.Normal(0, 10).log_prob(LOC) + dist.Normal(LOC, 1).log_prob(X)
+    np.testing.assert_allclose(loss, -3 * np.asarray(of_rows)[two].sum(), rtol=1e-5)
