@@ -94,9 +94,9 @@ def _message(
         with GuideCall(*call.run, plates=_undrawn(call.plates)):
             rerun(*args, **kwargs)
 
-    _, *arguments = call.run
+    _, args, kwargs = call.run
     try:
-        of_guide = _provenance(run_guide, *arguments, plate)
+        of_guide = _provenance(run_guide, args, kwargs, plate)
         latents = [site for site in latents if "rows" in of_guide.get(site, ())]
         if not latents:
             return None

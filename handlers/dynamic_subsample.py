@@ -105,7 +105,8 @@ class dynamic_subsample(ModelCall):
             inside = dynamic_subsample(guide.fn, model=self._model)
             with internals.replaced(guide, fn=inside):
                 return guide(*args, **kwargs)
-        return call_guide(guide, self._model or model_of(guide), args, kwargs)
+        model: Any = self._model or model_of(guide)
+        return call_guide(guide, model, args, kwargs)
 
     def __enter__(self) -> dynamic_subsample:
         if internals.find(dynamic_subsample) is None:
@@ -189,7 +190,7 @@ def _route_autoguides(changes: ExitStack) -> None:
     )
 
 
-def _served_call(run: Callable) -> Callable:
+def _served_call(run: Any) -> Callable:
     @functools.wraps(run)
     def method(guide: AutoGuide, *args: Any, **kwargs: Any) -> Any:
         run_guide = functools.partial(run, guide)
@@ -198,7 +199,7 @@ def _served_call(run: Callable) -> Callable:
     return method
 
 
-def _served_method(run: Callable) -> Callable:
+def _served_method(run: Any) -> Callable:
     @functools.wraps(run)
     def method(guide: AutoGuide, *args: Any, **kwargs: Any) -> Any:
         name, run_method = run.__name__, functools.partial(run, guide)

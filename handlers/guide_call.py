@@ -182,7 +182,7 @@ class GuideCall(Handler):
         if msg["type"] == "plate":
             plate = self.plates[msg["inside"]]
             size, rows = plate.size, msg["value"]
-            if plate.pinned_by == "handler":
+            if plate.rows is not None and plate.pinned_by == "handler":
                 # A scope outside may have hidden the plate from the handler.
                 rows = plate.rows
             elif not internals.is_default(rows):

@@ -118,8 +118,8 @@ def _refuse_what_a_wrapper_cannot_reach(guide: Any, call: GuideCall) -> None:
         if plate.subsample_size == plate.size and not plate.in_order:
             raise ValueError(
                 f"All {plate.size} rows of plate '{plate.name}' are pinned, but not in "
-                "the plate's order. In the model, NumPyro then leaves numpyro.subsample "
-                "and parameters with event_dim in that order, which a wrapped guide "
+                "the plate's order. In the model, NumPyro then leaves parameters with "
+                "event_dim and numpyro.subsample in that order, which a wrapped guide "
                 "cannot change. Enter dynamic_subsample() around the step, or use "
                 "SubsampleSVI."
             )
@@ -217,9 +217,8 @@ def _follow_create_plates(
     guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
 ) -> None:
     """Let the user's plates decide where the model asks for no size."""
-    made = read_plates(
-        guide.create_plates, args, kwargs, internals.handlers_around(call)
-    )
+    make: Any = guide.create_plates
+    made = read_plates(make, args, kwargs, internals.handlers_around(call))
     for own in made.values():
         plate = call.plate(own.name, own.size)
         if plate.argument is None and plate.pinned_by is None:
@@ -266,11 +265,12 @@ def _set_up_prototype(
         _set_up_from_values(guide, args, kwargs)
     elif reordered:
         guide._setup_prototype(*args, **kwargs)
+    prototype: Any = guide.prototype_trace
     for plate in reordered:
         # What handlers around pin does not reach the prototype. The posterior methods
         # ask it for the order of the first call's data.
-        if plate.name in guide.prototype_trace:
-            guide.prototype_trace[plate.name]["value"] = plate.rows
+        if plate.name in prototype:
+            prototype[plate.name]["value"] = plate.rows
 
 
 def _needs_whole_likelihood(guide: AutoGuide) -> bool:

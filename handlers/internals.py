@@ -7,7 +7,7 @@ stack of handlers.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -255,9 +255,11 @@ def replaced(owner: Any, **attributes: Any) -> Generator[None]:
 @contextmanager
 def without_debugging() -> Generator[None]:
     """Let nothing validate or debug the values that are computed in here."""
-    with numpyro.validation_enabled(False):
-        if not (jax.config.jax_debug_nans or jax.config.jax_debug_infs):
-            yield
-            return
-        with jax.debug_nans(False), jax.debug_infs(False):
-            yield
+    debugs = {"jax_debug_nans": jax.debug_nans, "jax_debug_infs": jax.debug_infs}
+    with ExitStack() as stack:
+        stack.enter_context(numpyro.validation_enabled(False))
+        for name, debug in debugs.items():
+            # To turn off what is off would make JAX compile again.
+            if getattr(jax.config, name):
+                stack.enter_context(debug(False))
+        yield

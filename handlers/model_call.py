@@ -34,6 +34,8 @@ class ModelCall(Handler):
     parameters and ``numpyro.subsample`` where NumPyro leaves these as they are.
     """
 
+    _unserved: str | None = None
+
     def __enter__(self) -> Any:
         if internals.find(ModelCall) is None:
             self._changes = ExitStack()
@@ -43,13 +45,22 @@ class ModelCall(Handler):
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
+        if isinstance(exc_value, TypeError | ValueError) and self._unserved is not None:
+            exc_value.add_note(
+                f"Plate {self._unserved} was made outside of an autoguide. If it "
+                "belongs to a guide of your own, dynamic_subsample() does not know its "
+                "model. Name it: dynamic_subsample(guide, model=model)."
+            )
         if internals.find(ModelCall) is None:
             self._changes.close()
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        # A guide's messages have the records of its plates, and need nothing here. Of
-        # nested contexts one acts.
-        if "plates" in msg or internals.find_outermost(ModelCall) is not self:
+        if internals.find_outermost(ModelCall) is not self:
+            # Of nested contexts one acts.
+            return
+        if "plates" in msg:
+            # A served guide's messages have its records, and need nothing here.
+            self._unserved = None
             return
         if msg["type"] == "plate":
             self._check_rows(msg)
@@ -59,6 +70,7 @@ class ModelCall(Handler):
     def _check_rows(self, msg: dict[str, Any]) -> None:
         replayed = internals.replayed()
         if replayed is None:
+            self._unserved = f"'{msg['name']}' (size {msg['args'][0]})"
             return
         plate = internals.noted_plates(replayed.trace).get(msg["name"])
         if plate is None or plate.rows is None:
