@@ -18,7 +18,9 @@ from tqdm.auto import tqdm
 
 from .alignment import ScoreFunctionWatcher, keeps_rows_in_order
 from .dynamic_subsample import dynamic_subsample
+from .fit import fit as fit_batches
 from .guide_call import GuideCall, check_rows
+from .minibatch import Minibatch
 from .padding import check_names, valid_rows
 from .plates import ModelPlate, PlatesOf, read_plates
 from .rowwise import RowSteps
@@ -40,6 +42,9 @@ class SubsampleSVI(SVI):
         For each plate, how many of its rows, the first ones, are real; the others are
         padding, as ``pad_minibatch`` makes it. Loss, gradients and new state are those
         of the step without padding. See ``valid_rows`` for what padding may hold.
+
+    A ``Minibatch``, made by ``minibatch``, stands for the model's arguments, `indices`
+    and `valid`. It is then all that these methods take of a batch.
 
     Parameters
     ----------
@@ -130,6 +135,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> SVIState:
+        args, kwargs, indices, valid = _unpacked(args, kwargs, indices, valid)
         with self._batch(None, indices, valid, args, kwargs):
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         # The guide keeps its initial values; a step may be allowed to overwrite these.
@@ -220,6 +226,8 @@ class SubsampleSVI(SVI):
                 bar.update(count)
         return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
 
+    fit = fit_batches
+
     def evaluate(
         self,
         svi_state: SVIState,
@@ -228,6 +236,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> Any:
+        args, kwargs, indices, valid = _unpacked(args, kwargs, indices, valid)
         with self._batch(svi_state, indices, valid, args, kwargs):
             return super().evaluate(svi_state, *args, **kwargs)
 
@@ -240,6 +249,8 @@ class SubsampleSVI(SVI):
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[SVIState, Any]:
+        args, kwargs, indices, valid = _unpacked(args, kwargs, indices, valid)
+
         def ordinary(state: SVIState) -> tuple[SVIState, Any]:
             return step(state, *args, **kwargs)
 
@@ -323,6 +334,24 @@ class SubsampleSVI(SVI):
             f"{what} cannot use valid counts, here of {sorted(valid)}. Use another "
             f"{other}, or give batches without padding and leave valid out."
         )
+
+
+def _unpacked(
+    args: tuple,
+    kwargs: dict[str, Any],
+    indices: Mapping[str, ArrayLike] | None,
+    valid: Mapping[str, ArrayLike] | None,
+) -> tuple[tuple, dict[str, Any], Any, Any]:
+    """Take a ``Minibatch`` apart that stands for all of these."""
+    if not any(isinstance(argument, Minibatch) for argument in args):
+        return args, kwargs, indices, valid
+    batch, *others = args
+    if others or kwargs or indices is not None or valid is not None:
+        raise ValueError(
+            "A Minibatch stands for the model's arguments, indices and valid, so it is "
+            "all that a step takes. Give the rest to minibatch(...), too."
+        )
+    return batch.args, batch.kwargs, batch.indices, batch.valid
 
 
 def _check_indices(plate: ModelPlate, rows: np.ndarray | jax.Array) -> None:
