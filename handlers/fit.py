@@ -137,6 +137,11 @@ def fit(
     >>> result = svi.fit(jax.random.key(0), batches, epochs=50)
     """
     _check_arguments(epochs, state, initial_epoch, validation, patience)
+    if initial_epoch >= epochs and svi.constrain_fn is None:
+        raise ValueError(
+            f"No epoch is left after {initial_epoch} of {epochs}, and this SVI has not "
+            "seen the model yet. Call svi.init first, or leave the fit out."
+        )
     for what, given in (("batches", batches), ("validation", validation)):
         _check_batches(what, given, epochs - initial_epoch)
     compilations = 0
@@ -167,8 +172,10 @@ def fit(
                 losses = _Losses("step", epoch)
                 of_epochs.append(losses.losses)
                 for batch in _batches_of(batches, epoch):
-                    if now is None:
-                        now = svi.init(rng_key, batch)
+                    # An SVI that is new has to see the model, whatever the state.
+                    if now is None or svi.constrain_fn is None:
+                        first = svi.init(rng_key, batch)
+                        now = first if now is None else now
                     # A step takes the memory of the state. In one call of C, Ctrl-C
                     # cannot come between the step and keeping what it returns.
                     after[:] = map(step, [now], [batch])
