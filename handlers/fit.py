@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -159,13 +162,13 @@ def fit(
         return svi.evaluate(state._replace(rng_key=key), batch)
 
     now: Any = None if state is None else jax.tree.map(jnp.copy, state)
-    after: list[tuple[SVIState, Any]] = []
     of_epochs: list[list[Any]] = []
     epoch_losses: list[float] = []
     validation_losses: list[float] = []
     best, best_loss, worse = None, np.inf, 0
     stopped = None
-    with tqdm(unit="step", disable=not progress_bar) as bar:
+    bar = tqdm(unit="step", disable=not progress_bar)
+    with bar, _WholeSteps.against_interrupts() as whole_steps:
         try:
             for epoch in range(initial_epoch, epochs):
                 bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
@@ -176,11 +179,9 @@ def fit(
                     if now is None or svi.constrain_fn is None:
                         first = svi.init(rng_key, batch)
                         now = first if now is None else now
-                    # A step takes the memory of the state. In one call of C, Ctrl-C
-                    # cannot come between the step and keeping what it returns.
-                    after[:] = map(step, [now], [batch])
-                    now, loss = after[0]
-                    losses.add(batch, loss)
+                    with whole_steps:
+                        now, loss = step(now, batch)
+                        losses.add(batch, loss)
                     bar.update()
                 if check_finite:
                     losses.check_finite(skipped=stable_update)
@@ -211,7 +212,7 @@ def fit(
         except KeyboardInterrupt:
             if now is None:
                 raise
-            now, stopped = after[0][0] if after else now, "interrupt"
+            stopped = "interrupt"
     return FitResult(
         params=svi.get_params(now),
         state=now,
@@ -221,6 +222,45 @@ def fit(
         stopped=stopped,
         compilations=compilations,
     )
+
+
+class _WholeSteps:
+    """Let Ctrl-C wait for the end of a step, whose old state is gone by then.
+
+    A second Ctrl-C does not wait.
+    """
+
+    def __init__(self) -> None:
+        self.running = False
+        self.asked = False
+
+    @classmethod
+    @contextmanager
+    def against_interrupts(cls) -> Generator[_WholeSteps]:
+        steps = cls()
+        own = signal.default_int_handler
+        # Python lets no other thread do this; and a handler of the user's stays.
+        if current_thread() is main_thread() and signal.getsignal(signal.SIGINT) is own:
+            signal.signal(signal.SIGINT, steps._on_interrupt)
+            try:
+                yield steps
+            finally:
+                signal.signal(signal.SIGINT, own)
+        else:
+            yield steps
+
+    def __enter__(self) -> None:
+        self.running = True
+
+    def __exit__(self, *_: Any) -> None:
+        self.running = False
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def _on_interrupt(self, *_: Any) -> None:
+        if self.asked or not self.running:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 class _Losses:

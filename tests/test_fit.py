@@ -1,5 +1,6 @@
 """The training loop, beside the bare one, exact posteriors, and ends of all kinds."""
 
+import signal
 from functools import partial
 
 import grain
@@ -166,6 +167,26 @@ def test_interrupt_hands_back_what_has_been_reached(where):
     for batch in [*batches(0), *batches(1)][:steps]:
         state, _ = step(state, batch)
     assert_same(result.state, state)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step():
+    runs = []
+
+    def model(y):
+        runs.append(len(y))
+        if runs.count(5) == 1 and len(y) == 5:
+            signal.raise_signal(signal.SIGINT)
+        mean(y)
+
+    batches = [minibatch(DATA[:n], rows={"rows": None}) for n in (4, 5, 6)]
+    before = signal.getsignal(signal.SIGINT)
+    result = quiet(svi_of(model), batches)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert result.stopped == "interrupt"
+    assert result.losses.shape == (2,)
+    assert 6 not in runs
+    expected = quiet(svi_of(mean), batches[:2])
+    assert_same(result.state, expected.state)
 
 
 def test_interrupt_before_the_first_step_is_raised():
