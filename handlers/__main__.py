@@ -264,6 +264,8 @@ def fit(
     result = svi.fit(
         key, of_epoch, epochs, state=state, initial_epoch=done, callback=keep
     )
+    if result.stopped is not None:
+        raise SystemExit("Interrupted. With --checkpoint, the same command resumes.")
     median = jax.device_get(svi.guide.median(result.params))
     seconds = time.perf_counter() - started
     return Fit(median, losses.tolist(), seconds, batch_sizes, result.compilations)

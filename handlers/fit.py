@@ -176,10 +176,11 @@ def fit(
                 losses = _Losses("step", epoch)
                 of_epochs.append(losses.losses)
                 for batch in _batches_of(batches, epoch):
-                    # An SVI that is new has to see the model, whatever the state.
-                    if now is None or svi.constrain_fn is None:
-                        first = svi.init(rng_key, batch)
-                        now = first if now is None else now
+                    if now is None:
+                        now = svi.init(rng_key, batch)
+                    elif svi.constrain_fn is None:
+                        # A new one has to see the model, whatever the state.
+                        svi.init(rng_key, batch)
                     with whole_steps:
                         now, loss = step(now, batch)
                         losses.add(batch, loss)
@@ -211,7 +212,8 @@ def fit(
                     break
             now = now if best is None else best
         except KeyboardInterrupt:
-            if now is None:
+            # A second Ctrl-C may have come in the midst of a step.
+            if now is None or any(x.is_deleted() for x in jax.tree.leaves(now)):
                 raise
             stopped = "interrupt"
     return FitResult(
@@ -287,6 +289,8 @@ class _Losses:
     def mean(self, skipped: bool = False) -> float:
         losses, weights = self.fetch(), np.array(self.weights)
         kept = np.isfinite(losses) if skipped else np.full(len(losses), True)
+        if not kept.any():
+            return np.nan
         return float(np.average(losses[kept], weights=weights[kept]))
 
     def sizes(self) -> dict[str, str]:

@@ -189,6 +189,17 @@ def test_ctrl_c_waits_for_the_end_of_a_step():
     assert_same(result.state, expected.state)
 
 
+def test_second_ctrl_c_does_not_wait():
+    def model(y):
+        for _ in range(2 if len(y) == 5 else 0):
+            signal.raise_signal(signal.SIGINT)
+        mean(y)
+
+    batches = [minibatch(DATA[:n], rows={"rows": None}) for n in (4, 5)]
+    result = quiet(svi_of(model), batches)
+    assert (result.stopped, result.losses.shape) == ("interrupt", (1,))
+
+
 def test_interrupt_before_the_first_step_is_raised():
     def none(epoch):
         raise KeyboardInterrupt
@@ -226,6 +237,11 @@ def test_loss_that_is_not_finite():
     assert skipped.epoch_losses[1] == pytest.approx(of_epoch.mean())
     with pytest.raises(FloatingPointError, match="step 0 of epoch 1"):
         fit(np.full(ROWS, np.nan, "f4"), stable_update=True)
+    assert np.isnan(
+        fit(
+            np.full(ROWS, np.nan, "f4"), stable_update=True, check_finite=False
+        ).epoch_losses[1]
+    )
     with pytest.raises(FloatingPointError, match="validation batch 2 of epoch 0"):
         held_out = list(batches(1, bad))
         quiet(svi_of(mean), batches, validation=held_out)
