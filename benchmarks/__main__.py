@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from . import joint, peers, ragged, rows, steps
+from . import fit, joint, peers, ragged, rows, steps
 from .pairs import Case, read, table
 
 COMMITTED = Path(__file__).parent
@@ -32,6 +32,7 @@ FAMILIES: dict[str, Callable[..., list[Case]]] = {
     "ragged": ragged.cases,
     "rows": rows.cases,
     "joint": joint.cases,
+    "fit": fit.cases,
     "peers": peers.cases,
 }
 PICTURES = {"ragged": ragged.draw, "rows": rows.draw}

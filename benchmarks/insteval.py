@@ -13,11 +13,10 @@ from numpyro_dynamic_subsample import SubsampleSVI
 from numpyro_dynamic_subsample.__main__ import (
     LME4,
     STUDENTS,
-    Batch,
     Ratings,
     batches,
-    largest,
     model,
+    sizes,
     start,
 )
 
@@ -35,11 +34,6 @@ def subsample_svi(optimizer: Any, **options: Any) -> SubsampleSVI:
     return SubsampleSVI(model, guide, optimizer, TraceMeanField_ELBO(), **options)
 
 
-def keywords(batch: Batch) -> dict[str, Any]:
-    valid = {"students": batch.students, "ratings": batch.ratings}
-    return {"indices": {"students": batch.rows}, "valid": valid}
-
-
 def deviation(figures: Iterable[float]) -> float:
     """Return by how many percent the worst of the figures differs from lme4's."""
     apart = np.asarray(figures) / list(LME4.values()) - 1
@@ -52,17 +46,10 @@ def fit(
     """Take one step after the other, and yield what each epoch has come to."""
     svi = subsample_svi(optimizer, **options)
     started = time.perf_counter()
-    capacity = largest(ratings, orders, BATCH_SIZE)
-
-    def take(run: Any, argument: Any, batch: Batch) -> Any:
-        return run(argument, batch, **keywords(batch))
-
+    capacity = max(count for _, count in sizes(ratings, orders, BATCH_SIZE))
     first = next(batches(ratings, orders[0], BATCH_SIZE, capacity))
-    init = jax.jit(lambda key, batch: take(svi.init, key, batch))
-    step = jax.jit(
-        lambda state, batch: take(svi.update, state, batch), donate_argnums=0
-    )
-    state = init(jax.random.key(0), first)
+    state = svi.init(jax.random.key(0), first)
+    step = jax.jit(svi.update, donate_argnums=0)
     reading = 0.0
     for order in orders:
         for batch in batches(ratings, order, BATCH_SIZE, capacity):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numpyro_dynamic_subsample.__main__ import load, shuffles
+from numpyro_dynamic_subsample.__main__ import load, shuffled
 
 from .insteval import BATCH_SIZE, deviation
 from .pairs import Case, Found, Row
@@ -72,7 +72,7 @@ def data_file(folder: Path, epochs: int, seconds: float) -> Path:
         student=student,
         lecturer=ratings.lecturer,
         y=ratings.y,
-        orders=np.array(list(shuffles(epochs, 0))),
+        orders=np.array([shuffled(epoch, 0) for epoch in range(epochs)]),
         batch_size=BATCH_SIZE,
         rate=0.02,
         decay=0.01,

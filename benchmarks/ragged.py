@@ -15,8 +15,8 @@ import optax
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_dynamic_subsample import SubsampleSVI, pad_minibatch
-from numpyro_dynamic_subsample.__main__ import STUDENTS, Batch, load
+from numpyro_dynamic_subsample import Minibatch, SubsampleSVI, minibatch
+from numpyro_dynamic_subsample.__main__ import STUDENTS, load
 
 from .insteval import BATCH_SIZE, STEPS, subsample_svi
 from .pairs import Case, Found, Row, Steps, agree, in_turns
@@ -27,24 +27,19 @@ ROWS = 1_000_000  # of the synthetic plate, of which only batches are made
 LARGEST = 1024
 
 
-class Step(NamedTuple):
-    """The arguments of one step."""
-
-    batch: Any
-    indices: dict[str, Any]
-    valid: dict[str, Any]
-
-
 class Way(NamedTuple):
     name: str
-    pad: Callable[[Any, int], tuple[Any, int]]
-    counted: bool = True
+    capacity: Callable[[dict[str, int]], Any]  # for the largest counts
+
+
+def power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 WAYS = (
-    Way("a compilation per size", lambda rows, _: (rows, -1), counted=False),
-    Way("power-of-two buckets", lambda rows, _: pad_minibatch(rows)),
-    Way("one compilation", pad_minibatch),
+    Way("a compilation per size", lambda _: None),
+    Way("power-of-two buckets", lambda _: power_of_two),
+    Way("one compilation", lambda most: most),
 )
 FIXED = "fixed size, as many rows"
 
@@ -55,23 +50,22 @@ class Epoch(NamedTuple):
     svi: SubsampleSVI
     state: Any
     steps: int
-    ragged: Callable[[Way, int], Step]
-    fixed: Callable[[int], Step]  # with the mean size of the ragged ones
+    ragged: Callable[[Way, int], Minibatch]
+    fixed: Callable[[int], Minibatch]  # with the mean size of the ragged ones
 
 
 def jitted(run: Callable, compiled: list[int]) -> Callable:
     """Compile a step anew, also where an equal one has been compiled before."""
 
-    def step(argument: Any, step: Step) -> Any:
+    def step(argument: Any, batch: Minibatch) -> Any:
         compiled.append(1)
-        batch, indices, valid = step
-        return run(argument, batch, indices=indices, valid=valid)
+        return run(argument, batch)
 
     return jax.jit(step)
 
 
 def one_epoch(
-    update: Callable, state: Any, steps: int, make: Callable[[int], Step]
+    update: Callable, state: Any, steps: int, make: Callable[[int], Minibatch]
 ) -> tuple[list[float], np.ndarray]:
     """Take an epoch's steps; the seconds after each of them, and all losses."""
     losses, clock = [], []
@@ -125,7 +119,7 @@ def insteval(steps: int) -> Epoch:
     places = [np.concatenate([ratings.of_student[r] for r in rows]) for rows in parts]
     # The last batch, of fewer students, is among the steps of a short run, too.
     parts, places = parts[-steps:], places[-steps:]
-    most = max(map(len, places))
+    most = {"students": BATCH_SIZE, "ratings": max(map(len, places))}
 
     length = sum(map(len, places)) // steps
 
@@ -136,25 +130,27 @@ def insteval(steps: int) -> Epoch:
         student = np.repeat(np.arange(len(rows), dtype="int32"), counts)
         return rows, student, places[number]
 
-    def ragged(way: Way, number: int) -> Step:
-        rows, student, own = cut(number)
-        arrays = student, ratings.lecturer[own], ratings.y[own]
-        students, count = way.pad(rows, BATCH_SIZE)
-        (student, lecturer, y), given = way.pad(arrays, most)
-        valid = {"students": count, "ratings": given} if way.counted else {}
-        real = count if way.counted else len(rows)
-        batch = Batch(students, real, student, lecturer, y, given)
-        return Step(batch, {"students": students}, valid)
+    def batch(rows: Any, student: Any, own: Any, capacity: Any) -> Minibatch:
+        return minibatch(
+            rows,
+            len(rows),
+            student,
+            ratings.lecturer[own],
+            ratings.y[own],
+            rows={"students": rows},
+            along={"ratings": (2, 3, 4)},
+            capacity=capacity,
+        )
 
-    def fixed(number: int) -> Step:
-        rows, student, own = cut(number)
-        students, student = np.resize(rows, BATCH_SIZE), np.resize(student, length)
-        own = np.resize(own, length)
-        data = student, ratings.lecturer[own], ratings.y[own], length
-        return Step(Batch(students, BATCH_SIZE, *data), {"students": students}, {})
+    def ragged(way: Way, number: int) -> Minibatch:
+        return batch(*cut(number), way.capacity(most))
+
+    def fixed(number: int) -> Minibatch:
+        lengths = BATCH_SIZE, length, length
+        return batch(*map(np.resize, cut(number), lengths), capacity=None)
 
     svi = subsample_svi(optax.adam(0.02))
-    state = jitted(svi.init, [])(jax.random.key(0), ragged(WAYS[-1], 0))
+    state = svi.init(jax.random.key(0), ragged(WAYS[-1], 0))
     return Epoch(svi, state, steps, ragged, fixed)
 
 
@@ -178,8 +174,8 @@ def regression_data(rows: int) -> tuple[np.ndarray, np.ndarray]:
 def regression_svi() -> tuple[SubsampleSVI, Any]:
     guide = AutoNormal(regression)
     svi = SubsampleSVI(regression, guide, optax.adam(0.01), Trace_ELBO())
-    first = Step(regression_data(64), {}, {})
-    return svi, jitted(svi.init, [])(jax.random.key(0), first)
+    first = minibatch(regression_data(64), rows={"n": None})
+    return svi, svi.init(jax.random.key(0), first)
 
 
 def synthetic(steps: int) -> Epoch:
@@ -188,13 +184,12 @@ def synthetic(steps: int) -> Epoch:
     np.random.default_rng(0).shuffle(sizes)
     x, y = regression_data(LARGEST)
 
-    def ragged(way: Way, number: int) -> Step:
-        size = sizes[number]
-        batch, count = way.pad((x[:size], y[:size]), LARGEST)
-        return Step(batch, {}, {"n": count} if way.counted else {})
+    def ragged(way: Way, number: int) -> Minibatch:
+        size, capacity = sizes[number], way.capacity({"n": LARGEST})
+        return minibatch((x[:size], y[:size]), rows={"n": None}, capacity=capacity)
 
     mean = sum(sizes) // steps
-    fixed = Step((x[:mean], y[:mean]), {}, {})
+    fixed = minibatch((x[:mean], y[:mean]), rows={"n": None})
     return Epoch(*regression_svi(), steps, ragged, lambda number: fixed)
 
 
@@ -203,10 +198,9 @@ def steady(capacity: int, percent: int, rounds: int) -> Found:
     count = capacity * percent // 100
     rows = regression_data(count)
     svi, state = regression_svi()
-    padded, _ = pad_minibatch(rows, capacity)
     steps = {
-        "padded": Step(padded, {}, {"n": np.int32(count)}),
-        "unpadded": Step(rows, {}, {}),
+        "padded": minibatch(rows, rows={"n": None}, capacity=capacity),
+        "unpadded": minibatch(rows, rows={"n": None}),
     }
     ways = {
         name: Steps(jitted(svi.update, []), state, [(jax.device_put(step),)])

@@ -16,7 +16,7 @@ from numpyro.infer import TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_dynamic_subsample import SubsampleSVI
-from numpyro_dynamic_subsample.__main__ import load, shuffles
+from numpyro_dynamic_subsample.__main__ import load, shuffled
 
 from .insteval import STEPS, deviation, fit
 from .pairs import Case, Found, Row, Steps, agree, in_turns
@@ -184,7 +184,7 @@ def equal_terms(rows: int, batch: int, epochs: int, rates: list[float]) -> Found
 def insteval(epochs: int, rates: list[float]) -> Found:
     """Fit InstEval with both, for equal steps; with 2,972 rows these take as long."""
     ratings = load()
-    orders = np.array(list(shuffles(epochs, 0)))
+    orders = np.array([shuffled(epoch, 0) for epoch in range(epochs)])
     best: dict[str, tuple[float, float, float]] = {}
     for way, rowwise in WAYS.items():
         of_way = []

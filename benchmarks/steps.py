@@ -24,7 +24,7 @@ from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 
 from numpyro_dynamic_subsample import SubsampleSVI
-from numpyro_dynamic_subsample.__main__ import LECTURERS, STUDENTS, Batch, load, start
+from numpyro_dynamic_subsample.__main__ import LECTURERS, STUDENTS, load, start
 from numpyro_dynamic_subsample.__main__ import model as ratings_model
 
 from .pairs import Case, Found, Row, Steps, agree, in_turns
@@ -84,11 +84,14 @@ def rows_plate(batch: Any) -> Any:
     return numpyro.plate("rows", ROWS, subsample_size=len(batch))
 
 
-def ratings_plates(batch: Batch) -> list[Any]:
-    students = len(batch.rows)
+def ratings_of(batch: tuple) -> None:
+    ratings_model(*batch)
+
+
+def ratings_plates(batch: tuple) -> list[Any]:
     return [
         numpyro.plate("lecturers", LECTURERS),
-        numpyro.plate("students", STUDENTS, subsample_size=students),
+        numpyro.plate("students", STUDENTS, subsample_size=len(batch[0])),
     ]
 
 
@@ -111,18 +114,16 @@ def guide_list(model: Callable, create_plates: Any = None) -> AutoGuideList:
 def insteval() -> Problem:
     ratings = load()
 
-    def batch(rows: np.ndarray) -> Batch:
+    def batch(rows: np.ndarray) -> tuple:
         of_student = [ratings.of_student[row] for row in rows]
         places = np.concatenate(of_student)
         student = np.repeat(np.arange(len(rows)), [len(own) for own in of_student])
-        data = ratings.lecturer[places], ratings.y[places], len(places)
-        return Batch(rows, len(rows), student.astype("int32"), *data)
+        data = ratings.lecturer[places], ratings.y[places]
+        return rows, len(rows), student.astype("int32"), *data
 
     guide = partial(AutoNormal, init_loc_fn=init_to_value(values=start()))
     loss = TraceMeanField_ELBO()
-    return Problem(
-        ratings_model, ratings_plates, "students", batch, STUDENTS, guide, loss
-    )
+    return Problem(ratings_of, ratings_plates, "students", batch, STUDENTS, guide, loss)
 
 
 SMALL = Problem(small, rows_plate, "rows", lambda rows: X[rows, 0])

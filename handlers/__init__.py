@@ -2,12 +2,15 @@
 
 from .alignment import MisalignedSubsampleWarning
 from .dynamic_subsample import dynamic_subsample
+from .minibatch import Minibatch, minibatch
 from .padding import pad_minibatch
 from .subsample_svi import SubsampleSVI
 
 __all__ = [
+    "Minibatch",
     "MisalignedSubsampleWarning",
     "SubsampleSVI",
     "dynamic_subsample",
+    "minibatch",
     "pad_minibatch",
 ]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import partial
-from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpyro.handlers import scale
 from numpyro.infer import TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoNormal
-from tqdm.auto import tqdm
 
-from .padding import pad_minibatch
+from .fit import span
+from .minibatch import Minibatch, minibatch
 from .subsample_svi import SubsampleSVI
 
 STUDENTS = 2972
@@ -49,17 +48,6 @@ class Ratings(NamedTuple):
     lecturer: np.ndarray
     y: np.ndarray
     of_student: list[np.ndarray]  # positions in the other two
-
-
-class Batch(NamedTuple):
-    """Some students with all of their ratings, each padded to one size."""
-
-    rows: np.ndarray | jax.Array  # which students
-    students: Any  # how many of the rows are real
-    student: np.ndarray | jax.Array  # of each rating, as a position in rows
-    lecturer: np.ndarray | jax.Array  # of each rating
-    y: np.ndarray | jax.Array
-    ratings: Any  # how many of the ratings are real
 
 
 class Fit(NamedTuple):
@@ -96,8 +84,19 @@ def load() -> Ratings:
     return Ratings(lecturer.astype("int32"), table["y"].to_numpy("float32"), of_student)
 
 
-def model(batch: Batch) -> None:
-    """Rate as ``y ~ 1 + (1 | student) + (1 | lecturer)``, for a batch of students."""
+def model(rows: Any, students: Any, student: Any, lecturer: Any, y: Any) -> None:
+    """Rate as ``y ~ 1 + (1 | student) + (1 | lecturer)``, for a batch of students.
+
+    Parameters
+    ----------
+    rows : array of shape (capacity,)
+        Which students the batch holds.
+    students : int
+        How many of them are real.
+    student, lecturer, y : arrays of shape (ratings,)
+        For each rating of theirs, the student as a position in `rows`, the lecturer,
+        and the points.
+    """
     intercept = numpyro.sample("intercept", dist.Normal(3.0, 2.0))
     sd_student = numpyro.sample("sd_student", dist.HalfNormal(2.0))
     sd_lecturer = numpyro.sample("sd_lecturer", dist.HalfNormal(2.0))
@@ -106,18 +105,17 @@ def model(batch: Batch) -> None:
     # Lecturers vary around the intercept rather than around zero: so the two are
     # nearly independent a posteriori, as the guide takes them to be.
     with numpyro.plate("lecturers", LECTURERS):
-        lecturer: Any = numpyro.sample("lecturer", dist.Normal(intercept, sd_lecturer))
-    with numpyro.plate("students", STUDENTS, subsample_size=len(batch.rows)):
-        student: Any = numpyro.sample("student", dist.Normal(0.0, sd_student))
+        of_lecturer: Any = numpyro.sample(
+            "lecturer", dist.Normal(intercept, sd_lecturer)
+        )
+    with numpyro.plate("students", STUDENTS, subsample_size=len(rows)):
+        of_student: Any = numpyro.sample("student", dist.Normal(0.0, sd_student))
 
-    mean = lecturer[batch.lecturer] + student[batch.student]
+    mean = of_lecturer[lecturer] + of_student[student]
     # Students are what is drawn, so their number is what ratings are scaled by. All
     # ratings over those of the batch would give those who rated little too much weight.
-    with (
-        scale(scale=STUDENTS / batch.students),
-        numpyro.plate("ratings", len(batch.y)),
-    ):
-        numpyro.sample("y", dist.Normal(mean, sd_residual), obs=batch.y)
+    with scale(scale=STUDENTS / students), numpyro.plate("ratings", len(y)):
+        numpyro.sample("y", dist.Normal(mean, sd_residual), obs=y)
 
 
 def start() -> dict[str, Any]:
@@ -136,37 +134,52 @@ def start() -> dict[str, Any]:
     }
 
 
-def shuffles(epochs: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield the order of students in each epoch, the same every time it is asked."""
-    shuffler = np.random.default_rng(seed)
-    return (shuffler.permutation(STUDENTS) for _ in range(epochs))
+def shuffled(epoch: int, seed: int) -> np.ndarray:
+    """Return the order of students in an epoch, the same every time it is asked."""
+    return np.random.default_rng([seed, epoch]).permutation(STUDENTS).astype("int32")
 
 
-def largest(ratings: Ratings, orders: Iterable[np.ndarray], batch_size: int) -> int:
-    """Count the ratings of the batch that brings most of them."""
+def sizes(
+    ratings: Ratings, orders: Iterable[np.ndarray], batch_size: int
+) -> list[tuple[int, int]]:
+    """Count the students and the ratings of all batches."""
     counts = np.array([len(places) for places in ratings.of_student])
     starts = np.arange(0, STUDENTS, batch_size)
-    return max(int(np.add.reduceat(counts[rows], starts).max()) for rows in orders)
+    students = np.diff(starts, append=STUDENTS).tolist()
+    return [
+        size
+        for rows in orders
+        for size in zip(
+            students, np.add.reduceat(counts[rows], starts).tolist(), strict=True
+        )
+    ]
 
 
 def batches(
     ratings: Ratings, rows: np.ndarray, batch_size: int, capacity: int
-) -> Iterator[Batch]:
+) -> Iterator[Minibatch]:
     """Cut an epoch into batches of students, each with room for `capacity` ratings."""
     for start in range(0, len(rows), batch_size):
-        students = rows[start : start + batch_size].astype("int32")
+        students = rows[start : start + batch_size]
         of_student = [ratings.of_student[row] for row in students]
         places = np.concatenate(of_student)
         student = np.repeat(
             np.arange(len(students), dtype="int32"), [len(own) for own in of_student]
         )
-        arrays = student, ratings.lecturer[places], ratings.y[places]
-        padded, count = pad_minibatch(arrays, capacity)
-        yield Batch(*pad_minibatch(students, batch_size), *padded, count)
+        yield minibatch(
+            students,
+            len(students),
+            student,
+            ratings.lecturer[places],
+            ratings.y[places],
+            rows={"students": students},
+            along={"ratings": (2, 3, 4)},
+            capacity={"students": batch_size, "ratings": capacity},
+        )
 
 
-def spread(tree: Any, devices: int, axis: int = 0) -> Any:
-    """Split an axis of arrays over devices, where it has equal parts for all of them.
+def spread(tree: Any, devices: int) -> Any:
+    """Split leading axes over devices, where they have equal parts for all of them.
 
     JAX then runs what is compiled for these arrays on all of the devices.
     """
@@ -174,9 +187,8 @@ def spread(tree: Any, devices: int, axis: int = 0) -> Any:
 
     def sharding(leaf: Any) -> NamedSharding:
         shape = np.shape(leaf)
-        split = len(shape) > axis and shape[axis] % devices == 0
-        spec = (*[None] * axis, "rows") if split else ()
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        split = len(shape) > 0 and shape[0] % devices == 0
+        return NamedSharding(mesh, PartitionSpec(*["rows"][:split]))
 
     return jax.device_put(tree, jax.tree.map(sharding, tree))
 
@@ -219,66 +231,44 @@ def fit(
     optimizer = optax.adam(schedule)
     guide = AutoNormal(model, init_loc_fn=init_to_value(values=start()))
     svi = SubsampleSVI(model, guide, optimizer, TraceMeanField_ELBO())
-    compiled = []
 
-    def given_sizes(run: Callable, argument: Any, batch: Batch) -> Any:
-        return run(
-            argument,
-            batch,
-            indices={"students": batch.rows},
-            valid={"students": batch.students, "ratings": batch.ratings},
-        )
-
-    @jax.jit
-    def train(state: Any, epoch: Batch) -> tuple[Any, Any]:
-        # Python comes here only when JAX traces, which is once per compilation.
-        compiled.append(epoch.y.shape)
-        return jax.lax.scan(partial(given_sizes, svi.update), state, epoch)
-
-    # Op by op, it would compile many small programs.
-    init = jax.jit(partial(given_sizes, svi.init))
     # Students are shuffled twice: first to see how large the largest batch will be.
-    # Where that cannot be seen, take a bound; or leave the capacity out, for one
-    # compilation per power of two.
-    capacity = largest(ratings, shuffles(epochs, seed), batch_size)
+    # Where that cannot be seen, take a bound; or powers of two, for one compilation
+    # each.
+    orders = (shuffled(epoch, seed) for epoch in range(epochs))
+    batch_sizes = sizes(ratings, orders, batch_size)
+    capacity = max(count for _, count in batch_sizes)
     capacity += -capacity % devices  # JAX splits into equal parts only
-    first = next(batches(ratings, next(shuffles(1, seed)), batch_size, capacity))
-    now: dict[str, Any] = {
-        "state": spread(init(jax.random.key(seed), first), devices),
-        "losses": np.zeros(epochs),
-        "sizes": np.zeros((epochs, steps_an_epoch, 2), dtype=int),
-    }
-    done = 0
+
+    def of_epoch(epoch: int) -> Iterator[Minibatch]:
+        made = batches(ratings, shuffled(epoch, seed), batch_size, capacity)
+        return made if devices == 1 else (spread(batch, devices) for batch in made)
+
+    key = jax.random.key(seed)
+    state = spread(svi.init(key, next(of_epoch(0))), devices)
+    done, losses = 0, np.zeros(epochs)
     if saved is not None:
         args = optional("orbax.checkpoint").args
-        done, restored = newest(saved, args.StandardRestore(now))
-        now = restored or now
-    orders = islice(shuffles(epochs, seed), done, None)
-    bar = tqdm(orders, initial=done, total=epochs, unit="epoch")
-    for number, rows in enumerate(bar, done):
-        steps = list(batches(ratings, rows, batch_size, capacity))
-        epoch = jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
-        state, losses = train(now["state"], spread(epoch, devices, axis=1))
-        now["state"] = spread(state, devices)
-        # Each is scaled to all students; the mean weighs every student the same.
-        now["losses"][number] = np.dot(losses, epoch.students / STUDENTS)
-        now["sizes"][number] = [(step.students, step.ratings) for step in steps]
+        contents = {"state": state, "losses": losses}
+        done, restored = newest(saved, args.StandardRestore(contents))
+        if done:
+            state, losses = restored["state"], restored["losses"]
+            print(f"Resuming after epoch {done}, from {saved.directory}.")
+
+    def keep(epoch: int, state: Any, loss: float) -> None:
+        losses[epoch] = loss
         if saved is not None:
-            saved.save(number + 1, args=args.StandardSave(now))
-        loss = f"{now['losses'][number]:,.0f}"
-        sizes = {"students": span(epoch.students), "ratings": span(epoch.ratings)}
-        bar.set_postfix({"loss": loss, **sizes}, refresh=False)
+            contents = {"state": state, "losses": losses}
+            saved.save(epoch + 1, args=args.StandardSave(contents))
 
-    median = jax.device_get(svi.guide.median(svi.get_params(now["state"])))
+    result = svi.fit(
+        key, of_epoch, epochs, state=state, initial_epoch=done, callback=keep
+    )
+    if result.stopped is not None:
+        raise SystemExit("Interrupted. With --checkpoint, the same command resumes.")
+    median = jax.device_get(svi.guide.median(result.params))
     seconds = time.perf_counter() - started
-    sizes = [tuple(size) for size in now["sizes"].reshape(-1, 2).tolist()]
-    return Fit(median, now["losses"].tolist(), seconds, sizes, len(compiled))
-
-
-def span(counts: Sequence[int] | np.ndarray) -> str:
-    """Name the smallest and the largest of some counts."""
-    low, high = np.min(counts), np.max(counts)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return Fit(median, losses.tolist(), seconds, batch_sizes, result.compilations)
 
 
 def report(result: Fit, quick: bool = False) -> None:
@@ -310,12 +300,14 @@ def plot(result: Fit, ratings: Ratings, path: Path) -> None:
     figure = optional("matplotlib.figure").Figure((12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    epochs = np.arange(len(result.losses)) + 1
-    left.semilogx(epochs, np.divide(result.losses, 1e3), "k", label="this fit")
+    # Beside the first epochs, in which the loss drops most, the others look flat.
+    losses = np.array(result.losses) / 1e3
+    shown = np.arange(len(losses) // 30, len(losses))
+    left.plot(shown + 1, losses[shown], "k", label="this fit")
     best = "lme4: minus the maximum log likelihood"
     left.axhline(-LME4_LOG_LIKELIHOOD / 1e3, color="0.5", ls="--", label=best)
-    left.set(title="Loss", xlabel="epoch", ylabel="negative ELBO (thousand nats)")
-    left.xaxis.set_major_formatter("{x:.0f}")
+    title = f"Loss, from epoch {shown[0] + 1} on"
+    left.set(title=title, xlabel="epoch", ylabel="negative ELBO (thousand nats)")
     left.legend()
 
     counts = np.bincount(ratings.lecturer)
@@ -329,7 +321,7 @@ def plot(result: Fit, ratings: Ratings, path: Path) -> None:
     right.plot(ends, ends - intercept, "k--", lw=1, label="no shrinkage")
     right.axhline(0, color="0.5", lw=1, label="full shrinkage", zorder=0)
     right.set(
-        title="Few ratings: pulled to the mean of all lecturers",
+        title="Fewer ratings, more shrinkage to the mean",
         xlabel="observed mean rating (points, from 1 to 5)",
         ylabel="estimated effect (points)",
     )
@@ -366,11 +358,18 @@ def picture(text: str) -> Path:
 
 
 def folder(text: str) -> Path:
-    """Be an argparse type: a directory, that need not be there yet."""
+    """Be an argparse type: a directory that can be written to, made where missing."""
     path = Path(text)
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"'{path}' is not a directory")
-    return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"cannot write to '{path}': {error.strerror}"
+        ) from None
 
 
 def main(argv: list[str] | None = None) -> None:

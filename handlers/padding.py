@@ -81,18 +81,22 @@ def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:
             f"The batch has {count} rows, more than the capacity of {capacity}. Give a "
             "capacity of at least that of the largest batch."
         )
-    rows = np.minimum(np.arange(capacity), count - 1)
+    padded = [repeat_last_row(leaf, capacity) for _, leaf in leaves]
+    return tree_unflatten(structure, padded), count
 
-    def pad(leaf: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-        if (
-            isinstance(leaf, np.ndarray | Tracer)
-            # Typed keys have no NumPy form.
-            or jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-        ):
-            return leaf[rows]
-        return jnp.asarray(np.asarray(leaf)[rows])
 
-    return tree_unflatten(structure, [pad(leaf) for _, leaf in leaves]), count
+def repeat_last_row(
+    array: np.ndarray | jax.Array, capacity: int
+) -> np.ndarray | jax.Array:
+    """Pad an array of shape ``(count, ...)`` to ``(capacity, ...)``."""
+    rows = np.minimum(np.arange(capacity), len(array) - 1)
+    if (
+        isinstance(array, np.ndarray | Tracer)
+        # Typed keys have no NumPy form.
+        or jnp.issubdtype(array.dtype, jax.dtypes.extended)
+    ):
+        return array[rows]
+    return jnp.asarray(np.asarray(array)[rows])
 
 
 class valid_rows(Handler):

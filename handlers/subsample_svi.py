@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from .alignment import MisalignedSubsampleWarning, ScoreFunctionWatcher
 from .dynamic_subsample import dynamic_subsample
+from .fit import fit as fit_batches
+from .minibatch import Minibatch
 from .model_call import pinned_in_model
 from .padding import check_names, valid_rows
 from .plates import check_rows
@@ -39,6 +41,9 @@ class SubsampleSVI(SVI):
         For each plate, how many of its rows, the first ones, are real; the others are
         padding, as ``pad_minibatch`` makes it. Loss, gradients and new state are those
         of the step without padding. See ``valid_rows`` for what padding may hold.
+
+    A ``Minibatch``, made by ``minibatch``, stands for the model's arguments, `indices`
+    and `valid`. It is then all that these methods take of a batch.
 
     Parameters
     ----------
@@ -129,6 +134,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> SVIState:
+        args, kwargs, indices, valid = _unpacked(args, kwargs, indices, valid)
         with self._batch(indices, valid):
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         # The guide keeps its initial values; a step may be allowed to overwrite these.
@@ -219,6 +225,8 @@ class SubsampleSVI(SVI):
                 bar.update(count)
         return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
 
+    fit = fit_batches
+
     def evaluate(
         self,
         svi_state: SVIState,
@@ -227,6 +235,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> Any:
+        args, kwargs, indices, valid = _unpacked(args, kwargs, indices, valid)
         with self._batch(indices, valid):
             return super().evaluate(svi_state, *args, **kwargs)
 
@@ -239,6 +248,8 @@ class SubsampleSVI(SVI):
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[SVIState, Any]:
+        args, kwargs, indices, valid = _unpacked(args, kwargs, indices, valid)
+
         def ordinary(state: SVIState) -> tuple[SVIState, Any]:
             return step(state, *args, **kwargs)
 
@@ -279,6 +290,24 @@ class SubsampleSVI(SVI):
             f"{what} cannot use valid counts, here of {sorted(valid)}. Use another "
             f"{other}, or give batches without padding and leave valid out."
         )
+
+
+def _unpacked(
+    args: tuple,
+    kwargs: dict[str, Any],
+    indices: Mapping[str, ArrayLike] | None,
+    valid: Mapping[str, ArrayLike] | None,
+) -> tuple[tuple, dict[str, Any], Any, Any]:
+    """Take a ``Minibatch`` apart that stands for all of these."""
+    if not any(isinstance(argument, Minibatch) for argument in args):
+        return args, kwargs, indices, valid
+    batch, *others = args
+    if others or kwargs or indices is not None or valid is not None:
+        raise ValueError(
+            "A Minibatch stands for the model's arguments, indices and valid, so it is "
+            "all that a step takes. Give the rest to minibatch(...), too."
+        )
+    return batch.args, batch.kwargs, batch.indices, batch.valid
 
 
 class _PinnedRows(substitute):

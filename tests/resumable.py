@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_dynamic_subsample import SubsampleSVI, pad_minibatch
+from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 from numpyro_dynamic_subsample.__main__ import newest
 
 ROWS, BATCH, EPOCHS = 200, 16, 10
@@ -29,7 +29,7 @@ def model(batch):
 
 
 def step_of(rows):
-    return pad_minibatch((DATA[rows], rows.astype("int32")), BATCH)
+    return minibatch(DATA[rows], rows={"rows": rows}, capacity=BATCH)
 
 
 def loader(rows=ROWS, batch_size=BATCH, epochs=EPOCHS, seed=0, make=step_of):
@@ -51,7 +51,7 @@ def fit(directory, first):
     The guide's first call is that with the rows `first`.
     """
     svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.05), Trace_ELBO())
-    state = svi.init(jax.random.key(0), DATA[first], indices={"rows": first})
+    state = svi.init(jax.random.key(0), minibatch(DATA[first], rows={"rows": first}))
     update = jax.jit(svi.update, donate_argnums=0)
     batches = iter(loader())
     options = ocp.CheckpointManagerOptions(
@@ -65,10 +65,8 @@ def fit(directory, first):
         )
         done, restored = newest(saved, restore)
         state = restored.svi if restored else state
-        for step, ((batch, rows), count) in enumerate(batches, done + 1):
-            state, loss = update(
-                state, batch, indices={"rows": rows}, valid={"rows": count}
-            )
+        for step, batch in enumerate(batches, done + 1):
+            state, loss = update(state, batch)
             losses.append(float(loss))
             save = ocp.args.Composite(
                 svi=ocp.args.StandardSave(state),

