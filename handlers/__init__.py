@@ -1,16 +1,18 @@
 """Mini-batches of any size for NumPyro's automatic guides."""
 
-from .alignment import MisalignedSubsampleWarning
+from .alignment import MisalignedSubsampleWarning, UnscaledSubsampleWarning
 from .dynamic_subsample import dynamic_subsample
 from .minibatch import Minibatch, minibatch
-from .padding import pad_minibatch
+from .padding import pad_minibatch, valid_rows
 from .subsample_svi import SubsampleSVI
 
 __all__ = [
     "Minibatch",
     "MisalignedSubsampleWarning",
     "SubsampleSVI",
+    "UnscaledSubsampleWarning",
     "dynamic_subsample",
     "minibatch",
     "pad_minibatch",
+    "valid_rows",
 ]

@@ -18,7 +18,8 @@ from numpyro.util import find_stack_level
 from . import internals
 from .guide_call import GuideCall
 from .internals import Handler, Tracer
-from .plates import PlateRows, hidden_run
+from .padding import valid_rows
+from .plates import PlateRows, hidden_run, read_plates
 
 
 class MisalignedSubsampleWarning(UserWarning):
@@ -28,6 +29,15 @@ class MisalignedSubsampleWarning(UserWarning):
     and the data that the model sets them against do not. Each guide is looked at
     once per plate, while it is traced. To make it an error, or to silence it, use
     ``warnings.filterwarnings``.
+    """
+
+
+class UnscaledSubsampleWarning(UserWarning):
+    """Data of the rows in a batch count as if they were those of all rows.
+
+    Given when an observed site stands outside of a subsampled plate, depends on
+    latents in it, and has no scale; or has a constant one, and the batch is padded.
+    Each guide is looked at once, while it is traced.
     """
 
 
@@ -96,22 +106,193 @@ def _message(
 
     _, args, kwargs = call.run
     try:
-        of_guide = _provenance(run_guide, args, kwargs, plate)
+        of_guide = _provenance(run_guide, args, kwargs, plate, _is_latent)
         latents = [site for site in latents if "rows" in of_guide.get(site, ())]
         if not latents:
             return None
         if apart is not None:
             return _drawn_apart_message(plate, latents, apart)
-        of_data = _provenance(
-            *call.run, plate, inside=_ParamsOfAnyRows(), observed=True
-        )
+        if _data_follow_rows(*call.run, plate, lambda site: site["is_observed"]):
+            return None
     except Exception:
         # Host code in the model or the guide needs values where there are none. What
         # cannot be looked at is no reason to stop, nor to warn.
         return None
-    if any("rows" in found for found in of_data.values()) or not any(of_data.values()):
-        return None
     return _not_indexed_message(plate, latents)
+
+
+def _is_latent(site: dict[str, Any]) -> bool:
+    return not site["is_observed"]
+
+
+def _data_follow_rows(
+    model: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    plate: PlateRows,
+    wanted: Callable[[dict[str, Any]], bool],
+) -> bool:
+    """Tell whether the data of sites in a plate follow its rows, or there are none.
+
+    What depends neither on the rows nor on the arguments of the model, as a factor that
+    is the same for all rows, is no data.
+    """
+    inside = _ParamsOfAnyRows()
+    found = _provenance(model, args, kwargs, plate, wanted, inside, data=True).values()
+    return any("rows" in made_from for made_from in found) or not any(found)
+
+
+def check_predictive(predictive: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Warn if ``Predictive`` pairs samples of drawn rows with the data of others.
+
+    Parameters
+    ----------
+    predictive : numpyro.infer.Predictive
+        What predicts, from samples of all rows.
+    args, kwargs : tuple, dict
+        What its model is called with.
+    """
+    model, samples = predictive.model, predictive.posterior_samples
+    done = looked_at(model)
+
+    def predicted(site: dict[str, Any]) -> bool:
+        return site["name"] not in samples
+
+    try:
+        plates = read_plates(model, args, kwargs, internals.handlers_around())
+        for plate in plates.values():
+            key = ("Predictive", plate.name)
+            if plate.rows is not None or plate.takes_all or key in done:
+                continue
+            plate = replace(plate, rows=jnp.arange(plate.subsample_size))
+            own = _provenance(model, args, kwargs, plate, lambda s: not predicted(s))
+            if own and not _data_follow_rows(model, args, kwargs, plate, predicted):
+                done.add(key)
+                warning = _not_indexed_message(plate, sorted(own), "Predictive")
+                break
+        else:
+            return
+    except Exception:
+        return
+    warn(warning)
+
+
+def check_scales(guide: Callable, call: GuideCall) -> None:
+    """Warn if data outside of a subsampled plate depend on latents in it, unscaled.
+
+    Parameters
+    ----------
+    guide : callable
+        The guide that has run.
+    call : GuideCall
+        The call, with the records of its plates.
+    """
+    counts = internals.find(valid_rows)
+    padded = set() if counts is None else set(counts.counts)
+    plates = [
+        plate
+        for name, plate in call.plates.items()
+        if name in call.latents
+        and (plate.subsample_size < plate.size or plate.name in padded)
+    ]
+    key = ("scale", "valid" if padded else "")
+    done = looked_at(guide)
+    if not plates or key in done:
+        return
+    done.add(key)
+    try:
+        found = _sites_outside(*call.run, plates)
+    except Exception:
+        # As above: what cannot be looked at is no reason to stop.
+        return
+    for site, (plate, scale) in found.items():
+        if scale == "none":
+            why = "has no scale, so that its data count too little"
+        elif scale == "constant" and plate.name in padded:
+            why = "has a constant scale, which cannot follow the count of valid rows"
+        else:
+            continue
+        if ("unscaled", site) in done:
+            continue
+        done.add(("unscaled", site))
+        warn(
+            f"Site '{site}' depends on latents of plate '{plate.name}', which takes "
+            f"{plate.subsample_size} of its {plate.size} rows, but stands outside of "
+            f"the plate and {why}. Scale it by the rows of the plate over those in the "
+            f"batch: with handlers.scale(scale={plate.size} / groups): ..., where "
+            "groups, the number of valid rows, is an argument of the model.",
+            UnscaledSubsampleWarning,
+        )
+
+
+class _Marked(Handler):
+    """Lets latents in some plates depend on a mark, so that their use can be seen."""
+
+    def __init__(self, marks: dict[str, Any]) -> None:
+        super().__init__()
+        self._marks = marks
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample" or msg["is_observed"]:
+            return
+        for frame in msg["cond_indep_stack"]:
+            if frame.name in self._marks:
+                value = msg["value"]
+                msg["value"] = jnp.where(self._marks[frame.name], value, value)
+
+
+def _sites_outside(
+    model: Callable, args: tuple, kwargs: dict[str, Any], plates: list[PlateRows]
+) -> dict[str, tuple[PlateRows, str]]:
+    """Return the observed sites that depend on latents of plates they stand outside of.
+
+    For each site, the first of the plates, and whether its scale is "none", "constant",
+    or "given" by arguments of the model. Sites in a subsampled plate of their own have
+    the scale of that and are left out.
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    data = {
+        i: leaf
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, jax.Array | np.ndarray | np.number)
+    }
+    frames: dict[str, set[str]] = {}
+    unscaled: set[str] = set()
+
+    def densities_and_scales(data: dict[int, Any], **marks: Any) -> dict[str, Any]:
+        given = [data.get(i, leaf) for i, leaf in enumerate(leaves)]
+        args, kwargs = jax.tree.unflatten(structure, given)
+        own = {plate.name: marks[str(i)] for i, plate in enumerate(plates)}
+        with hidden_run(), trace() as sites, _Marked(own):
+            model(*args, **kwargs)
+        subsampled = {
+            site["name"]
+            for site in sites.values()
+            if site["type"] == "plate" and site["args"][0] != len(site["value"])
+        }
+        found = {}
+        for name, site in sites.items():
+            if site["type"] != "sample" or not site["is_observed"]:
+                continue
+            frames[name] = {frame.name for frame in site["cond_indep_stack"]}
+            if site["infer"].get("is_auxiliary") or frames[name] & subsampled:
+                continue
+            if site["scale"] is None:
+                unscaled.add(name)
+            scale = 1.0 if site["scale"] is None else site["scale"]
+            found[name] = _log_density(site), jnp.asarray(scale)
+        return found
+
+    marks = {str(i): np.True_ for i, _ in enumerate(plates)}
+    made_from = internals.eval_provenance(densities_and_scales, data=data, **marks)
+    found = {}
+    for name, (density, scale) in made_from.items():
+        for i, plate in enumerate(plates):
+            if str(i) in density and plate.name not in frames[name]:
+                how = "given" if "data" in scale else "constant"
+                found[name] = plate, "none" if name in unscaled else how
+                break
+    return found
 
 
 def _undrawn(plates: dict[str, PlateRows]) -> dict[str, PlateRows]:
@@ -122,10 +303,10 @@ def _undrawn(plates: dict[str, PlateRows]) -> dict[str, PlateRows]:
     }
 
 
-def _who(plate: PlateRows, latents: list[str]) -> str:
+def _who(plate: PlateRows, latents: list[str], who: str = "the guide") -> str:
     return (
         f"Plate '{plate.name}' draws {plate.subsample_size} of its {plate.size} rows, "
-        f"and the guide takes its latents {latents} from them"
+        f"and {who} takes its latents {latents} from them"
     )
 
 
@@ -136,10 +317,13 @@ def _pins(name: str) -> str:
     )
 
 
-def _not_indexed_message(plate: PlateRows, latents: list[str]) -> str:
+def _not_indexed_message(
+    plate: PlateRows, latents: list[str], who: str = "the guide"
+) -> str:
     return (
-        f"{_who(plate, latents)}, but the data in the plate do not depend on which "
-        "rows these are: latents of some rows meet the data of others. Either let the "
+        f"{_who(plate, latents, who)}, but the data in the plate do not depend on "
+        "which rows these are: latents of some rows meet the data of others. Either "
+        "let the "
         f"model index its data, with numpyro.plate('{plate.name}', ...) as idx: "
         "x[idx], or numpyro.subsample(x, event_dim=...); or, if a batch arrives "
         f"already sliced, pin the rows that it holds: {_pins(plate.name)}."
@@ -193,44 +377,45 @@ def _provenance(
     args: tuple,
     kwargs: dict[str, Any],
     plate: PlateRows,
-    *,
+    wanted: Callable[[dict[str, Any]], bool],
     inside: AbstractContextManager | None = None,
-    observed: bool = False,
+    *,
+    data: bool = False,
 ) -> dict[str, frozenset[str]]:
-    """Return what the density of each site in a plate is made from, by data flow.
+    """Return what the density of sites in a plate is made from, by data flow.
 
-    That is "rows" for the rows of the plate and, of observed sites, "data" for arrays
-    among the arguments, or an observed constant that differs from row to row.
+    That is "rows" for the rows of the plate and, with `data`, "arrays" for those among
+    the arguments, or an observed constant that differs from row to row.
     """
     name = plate.name
     leaves, structure = jax.tree.flatten((args, kwargs))
-    batch = {
+    arrays = {
         i: leaf
         for i, leaf in enumerate(leaves)
-        if observed and isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim
+        if data and isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim
     }
     constant_data: set[str] = set()
 
-    def log_densities(rows: jax.Array, data: dict[int, Any]) -> dict[str, jax.Array]:
-        given = [data.get(i, leaf) for i, leaf in enumerate(leaves)]
+    def log_densities(rows: jax.Array, arrays: dict[int, Any]) -> dict[str, jax.Array]:
+        given = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
         args, kwargs = jax.tree.unflatten(structure, given)
         pins = substitute(data={name: rows})
         with pins, hidden_run(), trace() as sites, inside or nullcontext():
             run(*args, **kwargs)
         log_densities = {}
         for site in sites.values():
-            if site["type"] != "sample" or site["is_observed"] != observed:
+            if site["type"] != "sample" or not wanted(site):
                 continue
             if name not in {frame.name for frame in site["cond_indep_stack"]}:
                 continue
-            if observed and _differs_by_row(site["value"]):
+            if data and site["is_observed"] and _differs_by_row(site["value"]):
                 constant_data.add(site["name"])
             log_densities[site["name"]] = _log_density(site)
         return log_densities
 
-    found = internals.eval_provenance(log_densities, rows=plate.rows, data=batch)
+    found = internals.eval_provenance(log_densities, rows=plate.rows, arrays=arrays)
     return {
-        site: made_from | {"data"} if site in constant_data else made_from
+        site: made_from | {"arrays"} if site in constant_data else made_from
         for site, made_from in found.items()
     }
 

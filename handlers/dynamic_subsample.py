@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+from numpyro.infer import MCMC, SVI
 from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import Messenger
 
 from . import internals
+from .alignment import check_predictive
 from .guides import call_guide, model_of
-from .model_call import ModelCall
+from .model_call import ModelCall, ValuesOfBatch
 from .posterior import POSTERIOR_METHODS, call_posterior_method
 
 
@@ -35,6 +38,9 @@ class dynamic_subsample(ModelCall):
         inside it.
     model : callable, optional
         The model whose plates the guide follows; by default the autoguide's own.
+    rows : dict of str to str or int, optional
+        For each plate whose rows arrive in an argument of the model, the name of that
+        argument, or its position. So a loop that knows nothing of rows can train.
 
     Raises
     ------
@@ -83,30 +89,32 @@ class dynamic_subsample(ModelCall):
     fn: Any
 
     def __init__(
-        self, guide: Callable | None = None, *, model: Callable | None = None
+        self,
+        guide: Callable | None = None,
+        *,
+        model: Callable | None = None,
+        rows: Mapping[str, str | int] | None = None,
     ) -> None:
         if type(guide) is dynamic_subsample:
-            guide, model = guide.fn, model or guide._model
-        if guide is not None and model is None and model_of(guide) is None:
-            raise ValueError(
-                f"dynamic_subsample does not know the model of the guide {guide!r}. "
-                "Name it: dynamic_subsample(guide, model=model)."
-            )
+            guide, model, rows = guide.fn, model or guide._model, rows or guide.rows
+        if guide is not None:
+            _check_guide(guide, model)
         super().__init__(guide)
         self._model = model
+        self.rows = dict(rows or {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         guide = self.fn
         if guide is None:
             (guide,) = args
-            return dynamic_subsample(guide, model=self._model, **kwargs)
+            return dynamic_subsample(guide, model=self._model, rows=self.rows)
         if isinstance(guide, Messenger) and guide.fn is not None:
             # A handler around the guide: it stays around what is served.
-            inside = dynamic_subsample(guide.fn, model=self._model)
+            inside = dynamic_subsample(guide.fn, model=self._model, rows=self.rows)
             with internals.replaced(guide, fn=inside):
                 return guide(*args, **kwargs)
         model: Any = self._model or model_of(guide)
-        return call_guide(guide, model, args, kwargs)
+        return call_guide(guide, model, args, kwargs, rows=self.rows)
 
     def __enter__(self) -> dynamic_subsample:
         if internals.find(dynamic_subsample) is None:
@@ -160,14 +168,40 @@ class dynamic_subsample(ModelCall):
     def __repr__(self) -> str:
         inside = [] if self.fn is None else [repr(self.fn)]
         inside += [] if self._model is None else [f"model={self._model!r}"]
+        inside += [f"rows={self.rows!r}"] if self.rows else []
         return f"dynamic_subsample({', '.join(inside)})"
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (self.fn, self._model)
+        return _rebuild, (self.fn, self._model, self.rows)
 
 
-def _rebuild(guide: Callable | None, model: Callable | None) -> dynamic_subsample:
-    return dynamic_subsample(guide, model=model)
+def _rebuild(guide: Any, model: Any, rows: Any) -> dynamic_subsample:
+    return dynamic_subsample(guide, model=model, rows=rows)
+
+
+def _check_guide(guide: Any, model: Callable | None) -> None:
+    """Say what to do with what is no guide, or is one without a model."""
+    if isinstance(guide, type):
+        why = f"got the class {guide.__name__}. Make a guide of it first: "
+        remedy = f"dynamic_subsample({guide.__name__}(model))"
+    elif isinstance(guide, SVI):
+        why = f"got an {type(guide).__name__}. Wrap its guide before it is made: "
+        remedy = "SVI(model, dynamic_subsample(guide), optim, loss)"
+    elif isinstance(guide, MCMC | MCMCKernel):
+        why = f"got {type(guide).__name__}, which has no guide. Use SVI for batches: "
+        remedy = "SVI(model, dynamic_subsample(AutoNormal(model)), optim, loss)"
+    elif not callable(guide):
+        why = f"got {guide!r}, which cannot be called. "
+        remedy = "Give a guide, or nothing, for a context: with dynamic_subsample()"
+    elif model is None and model_of(guide) is None:
+        why = f"does not know the model of the guide {guide!r}. Name it: "
+        remedy = (
+            "dynamic_subsample(guide, model=model). If this is the model, wrap a guide "
+            "that is made of it: dynamic_subsample(AutoNormal(model))"
+        )
+    else:
+        return
+    raise ValueError(f"dynamic_subsample {why}{remedy}.")
 
 
 def _route_autoguides(changes: ExitStack) -> None:
@@ -188,6 +222,10 @@ def _route_autoguides(changes: ExitStack) -> None:
     changes.enter_context(
         internals.replaced(AutoGuide, __init_subclass__=classmethod(route))
     )
+    predict = internals.Predictive.__call__
+    changes.enter_context(
+        internals.replaced(internals.Predictive, __call__=_aligned_predictions(predict))
+    )
 
 
 def _served_call(run: Any) -> Callable:
@@ -197,6 +235,18 @@ def _served_call(run: Any) -> Callable:
         return call_guide(guide, guide.model, args, kwargs, run_guide)
 
     return method
+
+
+def _aligned_predictions(run: Any) -> Callable:
+    @functools.wraps(run)
+    def predict(predictive: Any, rng_key: Any, *args: Any, **kwargs: Any) -> Any:
+        if predictive.guide is not None:
+            with ValuesOfBatch():
+                return run(predictive, rng_key, *args, **kwargs)
+        check_predictive(predictive, args, kwargs)
+        return run(predictive, rng_key, *args, **kwargs)
+
+    return predict
 
 
 def _served_method(run: Any) -> Callable:

@@ -182,6 +182,12 @@ class GuideCall(Handler):
         if msg["type"] == "plate":
             plate = self.plates[msg["inside"]]
             size, rows = plate.size, msg["value"]
+            if not isinstance(rows, jax.Array) and not self.in_context:
+                raise ValueError(
+                    f"The rows pinned for plate '{plate.name}' (size {size}) are of "
+                    f"type {type(rows).__name__}, and NumPyro's plates take JAX arrays "
+                    f"only. Pin jnp.asarray(rows)."
+                )
             if plate.rows is not None and plate.pinned_by == "handler":
                 # A scope outside may have hidden the plate from the handler.
                 rows = plate.rows

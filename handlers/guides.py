@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections import ChainMap
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpyro
 from numpyro.distributions import Delta
 from numpyro.distributions.transforms import biject_to
-from numpyro.handlers import trace
+from numpyro.handlers import substitute, trace
 from numpyro.infer.autoguide import (
     AutoContinuous,
     AutoDAIS,
@@ -26,11 +27,13 @@ from numpyro.infer.autoguide import (
 from numpyro.infer.initialization import init_to_uniform, init_to_value
 
 from . import internals
-from .alignment import check_drawn_rows, looked_at
+from .alignment import check_drawn_rows, check_scales, looked_at
 from .guide_call import GuideCall
 from .internals import CondIndepStackFrame, Handler
+from .model_call import ModelCall
 from .plates import (
     PlateRows,
+    arguments_for_plates,
     full_size,
     hidden_run,
     read_plates,
@@ -65,6 +68,7 @@ def call_guide(
     args: tuple,
     kwargs: dict[str, Any],
     run: Callable | None = None,
+    rows: Mapping[str, str | int] | None = None,
 ) -> Any:
     """Run a guide so that its plates follow the model's.
 
@@ -78,6 +82,8 @@ def call_guide(
         What both are called with.
     run : callable, optional
         Runs the guide; by default `guide` itself.
+    rows : dict of str to str or int, optional
+        For some plates, the argument of the model that holds their rows.
 
     Returns
     -------
@@ -91,13 +97,26 @@ def call_guide(
             return run(*args, **kwargs)
     initialised = isinstance(guide, AutoGuide) and guide.prototype_trace is not None
     needs = guide._prototype_frames if initialised else None
-    call = GuideCall(model, args, kwargs, needs=needs)
-    if not call.in_context:
-        _refuse_what_a_wrapper_cannot_reach(guide, call)
-    with call, served(guide, call, args, kwargs):
-        result = run(*args, **kwargs)
-    rerun = lambda *args, **kwargs: call_guide(guide, model, args, kwargs, run)  # noqa: E731
-    check_drawn_rows(guide, call, rerun)
+    contexts = [h for h in internals.handlers_around() if isinstance(h, ModelCall)]
+    names = dict(ChainMap(dict(rows or {}), *(dict(own.rows) for own in contexts)))
+    pins = arguments_for_plates(model, names, args, kwargs)
+    pins = {plate: jnp.asarray(own) for plate, own in pins.items()}
+
+    def rerun(*args: Any, **kwargs: Any) -> Any:
+        return call_guide(guide, model, args, kwargs, run)
+
+    with substitute(data=pins):
+        call = GuideCall(model, args, kwargs, needs=needs)
+        if not call.in_context:
+            _refuse_what_a_wrapper_cannot_reach(guide, call)
+        with call, served(guide, call, args, kwargs):
+            result = run(*args, **kwargs)
+            for name in pins.keys() - call.plates.keys():
+                # The model takes the rows of the guide's plates, so it needs this one.
+                plate = call.plate(name)
+                numpyro.plate(name, plate.size, dim=plate.dim)
+        check_drawn_rows(guide, call, rerun)
+        check_scales(guide, call)
     return result
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import wraps
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -34,6 +35,8 @@ class ModelCall(Handler):
     parameters and ``numpyro.subsample`` where NumPyro leaves these as they are.
     """
 
+    # For some plates, the argument of the model that holds their rows.
+    rows: Mapping[str, str | int] = MappingProxyType({})
     _unserved: str | None = None
 
     def __enter__(self) -> Any:
@@ -89,9 +92,8 @@ class ModelCall(Handler):
             msg["value"] = take_rows_of_plates(msg["value"], msg)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        rows = msg["value"] if msg["type"] == "plate" else None
-        if rows is not None and not isinstance(rows, jax.Array):
-            msg["value"] = as_rows(msg["name"], msg["args"][0], rows)
+        if msg["type"] == "plate" and not internals.is_default(msg["value"]):
+            msg["value"] = as_rows(msg["name"], msg["args"][0], msg["value"])
 
 
 class ValuesOfBatch(Handler):
@@ -117,22 +119,10 @@ def _changes_of_numpyro() -> list[Any]:
 
         return postprocess_message
 
-    def of_batch(call: Callable) -> Callable:
-        @wraps(call)
-        def predict(predictive: Any, *args: Any, **kwargs: Any) -> Any:
-            if predictive.guide is None:
-                return call(predictive, *args, **kwargs)
-            with ValuesOfBatch():
-                return call(predictive, *args, **kwargs)
-
-        return predict
-
     changes = [internals.plates_made_by(noting_default)]
-    for owner, name, change in (
-        *((cls, "postprocess_message", taking) for cls in internals.PLATE_CLASSES),
-        (internals.Predictive, "__call__", of_batch),
-    ):
-        changes.append(internals.replaced(owner, **{name: change(vars(owner)[name])}))
+    for cls in internals.PLATE_CLASSES:
+        postprocess = taking(cls.postprocess_message)
+        changes.append(internals.replaced(cls, postprocess_message=postprocess))
     return changes
 
 

@@ -159,6 +159,7 @@ class valid_rows(Handler):
                     f"has shape {np.shape(count)} and type {dtype}."
                 )
         self.counts = dict(counts)
+        self.capacities: dict[str, int] = {}
         self._subsamples: dict[str, bool] = {}
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
@@ -193,6 +194,7 @@ class valid_rows(Handler):
     ) -> None:
         mask: Any = True
         for name, dim, capacity in frames:
+            self.capacities[name] = capacity
             count = self._count(name, capacity)
             valid = jnp.arange(capacity) < count
             mask = mask & _on_axis(valid, dim)

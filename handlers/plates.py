@@ -30,9 +30,10 @@ Rules, true everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import jax
@@ -205,6 +206,44 @@ def check_size(name: str, of_model: int, of_guide: int) -> None:
             f"parameters were made for {of_guide} rows. Keep the plate's size that of "
             "the whole data set, or build a new guide and call svi.init again."
         )
+
+
+def arguments_for_plates(
+    model: Callable,
+    names: Mapping[str, str | int],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the arguments of a model that hold something for plates, by plate.
+
+    Parameters
+    ----------
+    model : callable
+        The model.
+    names : dict of str to str or int
+        For each plate, the name of the argument or its position, from 0.
+    args, kwargs : tuple, dict
+        What the model is called with. What it is called without is left out.
+
+    Raises
+    ------
+    ValueError
+        If the model has no such argument.
+    """
+    if not names:
+        return {}
+    parameters = signature(model).parameters
+    given = dict(zip(parameters, args, strict=False)) | dict(enumerate(args)) | kwargs
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for plate, name in names.items():
+        known = name in parameters or open_ended or name in range(len(parameters))
+        if not known:
+            raise ValueError(
+                f"The rows of plate '{plate}' are said to be in the argument {name!r}, "
+                f"but the arguments of the model are {list(parameters)}."
+            )
+    found = {plate: given.get(name) for plate, name in names.items()}
+    return {plate: value for plate, value in found.items() if value is not None}
 
 
 # ------------------------------------------------------------------ reading a model

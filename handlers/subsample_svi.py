@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,15 @@ from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
 from numpyro.infer.svi import SVIRunResult, SVIState
 from tqdm.auto import tqdm
 
+from . import internals
 from .alignment import MisalignedSubsampleWarning, ScoreFunctionWatcher
 from .dynamic_subsample import dynamic_subsample
 from .fit import fit as fit_batches
+from .internals import Tracer
 from .minibatch import Minibatch
 from .model_call import pinned_in_model
 from .padding import check_names, valid_rows
-from .plates import check_rows
+from .plates import arguments_for_plates, check_rows
 from .rowwise import RowSteps
 
 
@@ -119,10 +122,13 @@ class SubsampleSVI(SVI):
         loss: Any,
         *,
         rowwise: bool = False,
+        rows: Mapping[str, str | int] | None = None,
+        valid: Mapping[str, str | int] | None = None,
         **static_kwargs: Any,
     ) -> None:
         guide = dynamic_subsample(guide, model=model)
         super().__init__(model, guide, optim, loss, **static_kwargs)
+        self._rows, self._valid = dict(rows or {}), dict(valid or {})
         self._row_steps = RowSteps(self) if rowwise else None
 
     def init(
@@ -134,7 +140,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> SVIState:
-        args, kwargs, indices, valid = _unpacked(args, kwargs, indices, valid)
+        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
         with self._batch(indices, valid):
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         # The guide keeps its initial values; a step may be allowed to overwrite these.
@@ -235,7 +241,7 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> Any:
-        args, kwargs, indices, valid = _unpacked(args, kwargs, indices, valid)
+        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
         with self._batch(indices, valid):
             return super().evaluate(svi_state, *args, **kwargs)
 
@@ -248,7 +254,7 @@ class SubsampleSVI(SVI):
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[SVIState, Any]:
-        args, kwargs, indices, valid = _unpacked(args, kwargs, indices, valid)
+        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
 
         def ordinary(state: SVIState) -> tuple[SVIState, Any]:
             return step(state, *args, **kwargs)
@@ -259,22 +265,56 @@ class SubsampleSVI(SVI):
         with self._batch(indices, valid):
             if self._row_steps is None:
                 return ordinary(svi_state)
-            return self._row_steps(ordinary, evaluate, svi_state, valid or {})
+            return self._row_steps(ordinary, evaluate, svi_state, valid)
+
+    def _unpacked(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        indices: Mapping[str, ArrayLike] | None,
+        valid: Mapping[str, ArrayLike] | None,
+    ) -> tuple[tuple, dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Return arguments, rows and counts, in whatever way they are given."""
+        for what, given in (("indices", indices), ("valid", valid)):
+            if given is not None and not isinstance(given, Mapping):
+                raise ValueError(
+                    f"{what} must be a dict with plates for keys, not "
+                    f"{type(given).__name__}. If the model has an argument called "
+                    f"{what}, give it by position, or to minibatch(...)."
+                )
+        if any(isinstance(argument, Minibatch) for argument in args):
+            batch, *others = args
+            if others or kwargs or indices is not None or valid is not None:
+                raise ValueError(
+                    "A Minibatch stands for the model's arguments, indices and valid, "
+                    "so it is all that a step takes. Give the rest to minibatch(...), "
+                    "too."
+                )
+            args, kwargs, indices, valid = (
+                batch.args,
+                batch.kwargs,
+                batch.indices,
+                batch.valid,
+            )
+        given = args, {**kwargs, **self.static_kwargs}
+        named = arguments_for_plates(self.model, self._rows, *given)
+        counts = arguments_for_plates(self.model, self._valid, *given)
+        return args, kwargs, named | dict(indices or {}), counts | dict(valid or {})
 
     @contextmanager
     def _batch(
-        self,
-        indices: Mapping[str, ArrayLike] | None,
-        valid: Mapping[str, ArrayLike] | None,
+        self, indices: Mapping[str, ArrayLike], valid: Mapping[str, ArrayLike]
     ) -> Generator[None]:
         """Hold for one step what is known of its batch."""
         # A handler cannot tell this objective from the others; here it is known.
         graph = isinstance(self.loss, TraceGraph_ELBO)
         watcher = ScoreFunctionWatcher(self.guide.fn) if graph else nullcontext()
-        pinned, counts = _PinnedRows(indices or {}), valid_rows(valid or {})
-        with pinned, counts, watcher, dynamic_subsample():
-            if valid:
-                self._check_counts_can_be_used(valid)
+        if valid:
+            self._check_counts_can_be_used(valid)
+        pinned, counts = _PinnedRows(indices), valid_rows(valid)
+        loss = _nan_if_invalid(self.loss, pinned, counts)
+        of_step = internals.replaced(self, loss=loss)
+        with of_step, pinned, counts, watcher, dynamic_subsample():
             yield
 
     def _check_counts_can_be_used(self, valid: Mapping[str, ArrayLike]) -> None:
@@ -292,24 +332,6 @@ class SubsampleSVI(SVI):
         )
 
 
-def _unpacked(
-    args: tuple,
-    kwargs: dict[str, Any],
-    indices: Mapping[str, ArrayLike] | None,
-    valid: Mapping[str, ArrayLike] | None,
-) -> tuple[tuple, dict[str, Any], Any, Any]:
-    """Take a ``Minibatch`` apart that stands for all of these."""
-    if not any(isinstance(argument, Minibatch) for argument in args):
-        return args, kwargs, indices, valid
-    batch, *others = args
-    if others or kwargs or indices is not None or valid is not None:
-        raise ValueError(
-            "A Minibatch stands for the model's arguments, indices and valid, so it is "
-            "all that a step takes. Give the rest to minibatch(...), too."
-        )
-    return batch.args, batch.kwargs, batch.indices, batch.valid
-
-
 class _PinnedRows(substitute):
     """Pins the rows that a step is given, and holds the model's plates to them."""
 
@@ -318,12 +340,18 @@ class _PinnedRows(substitute):
     def __init__(self, indices: Mapping[str, ArrayLike]) -> None:
         # Made arrays here, once: a loss may compile parts of itself.
         super().__init__(data={n: jnp.asarray(rows) for n, rows in indices.items()})
-        self._known = indices
+        self._checked = {
+            name: rows if _is_known(rows) else self.data[name]
+            for name, rows in indices.items()
+        }
         self._plates: set[str] = set()
+        self.sizes: dict[str, int] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "plate" and msg["name"] in self._known:
-            check_rows(msg["name"], msg["args"][0], self._known[msg["name"]])
+        if msg["type"] == "plate" and msg["name"] in self._checked:
+            name, size = msg["name"], msg["args"][0]
+            check_rows(name, size, self._checked[name])
+            self.sizes[name] = size
         super().process_message(msg)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
@@ -353,3 +381,44 @@ class _PinnedRows(substitute):
         # A wrong name is the cause of the warning, which may have been made an error.
         if exc_type in (None, MisalignedSubsampleWarning):
             check_names("indices", self.data, self._plates)
+
+
+def _is_known(rows: Any) -> bool:
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(rows))
+
+
+def _nan_if_invalid(loss: Any, pinned: _PinnedRows, counts: valid_rows) -> Any:
+    """Return a loss that is NaN for traced rows or counts that are out of range.
+
+    So are its gradients, and by them what a step makes of parameters and optimizer
+    state. Known rows and counts raise errors instead.
+    """
+    rows = {n: own for n, own in pinned.data.items() if isinstance(own, Tracer)}
+    bounds = {name: (jnp.min(own), jnp.max(own)) for name, own in rows.items()}
+    traced = {n: own for n, own in counts.counts.items() if isinstance(own, Tracer)}
+    if not (bounds or traced):
+        return loss
+
+    def checked(value: Any) -> Any:
+        valid: Any = True
+        for name, (low, high) in bounds.items():
+            if name in pinned.sizes:
+                valid = valid & (low >= 0) & (high < pinned.sizes[name])
+        for name, count in traced.items():
+            if name in counts.capacities:
+                valid = valid & (count >= 1) & (count <= counts.capacities[name])
+        # A product, unlike a choice, makes the gradients NaN, too.
+        factor = jnp.where(valid, 1.0, jnp.nan)
+        return jax.tree.map(lambda own: own * factor.astype(own.dtype), value)
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        return checked(loss.loss(*args, **kwargs))
+
+    def compute_with_state(*args: Any, **kwargs: Any) -> Any:
+        result = loss.loss_with_mutable_state(*args, **kwargs)
+        return result | {"loss": checked(result["loss"])}
+
+    # A copy, as NumPyro and this library ask for the class of a loss.
+    of_step = copy(loss)
+    of_step.loss, of_step.loss_with_mutable_state = compute, compute_with_state
+    return of_step
