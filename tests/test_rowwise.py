@@ -26,7 +26,7 @@ from numpyro.infer.autoguide import (
     AutoNormal,
     AutoSemiDAIS,
 )
-from numpyro.optim import Adagrad, Minimize
+from numpyro.optim import Adagrad
 
 from models import CASES, N, X
 from numpyro_dynamic_subsample import SubsampleSVI
@@ -326,21 +326,6 @@ def list_with_joint(model):
 
 ADAM = optax.adam(0.1)
 REFUSED = {
-    "adafactor": (
-        optax.adafactor(0.1),
-        AutoNormal,
-        r"mixes rows of plate 'n' \(size 8\).*\['z_auto_loc'\].*optax.adam",
-    ),
-    "lamb": (
-        optax.lamb(0.1),
-        AutoNormal,
-        r"mixes rows of plate 'n' \(size 8\).*_auto_loc.*leave rowwise out",
-    ),
-    "MultiSteps": (
-        optax.MultiSteps(ADAM, 2).gradient_transformation(),
-        AutoNormal,
-        "MultiSteps adds up",
-    ),
     "joint": (
         ADAM,
         AutoMultivariateNormal,
@@ -367,11 +352,6 @@ def test_what_cannot_be_done_row_by_row_is_an_error(name):
     state = svi.init(jax.random.key(0), X)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(svi.update, state, X[:3])
-
-
-def test_minimize_is_refused():
-    with pytest.raises(ValueError, match="Minimize optimises all parameters together"):
-        SubsampleSVI(local, AutoNormal(local), Minimize(), Trace_ELBO(), rowwise=True)
 
 
 def test_particles_that_draw_rows_are_refused():
