@@ -96,10 +96,10 @@ def model(size):
         numpyro.sample("y", dist.Normal(z, 1), obs=jnp.arange(N)[idx])
 
 
-def trace_a_step(optim, size=2):
+def trace_a_step(optim):
     svi = SubsampleSVI(model, guide, optim, Trace_ELBO(), rowwise=True)
-    state = svi.init(jax.random.key(0), N)
-    jax.eval_shape(lambda state: svi.update(state, size), state)
+    state = jax.eval_shape(lambda key: svi.init(key, N), jax.random.key(0))
+    jax.eval_shape(lambda state: svi.update(state, 2), state)
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
