@@ -1,7 +1,7 @@
 """Measure this library beside what one would use instead.
 
-Steps, first calls and later epochs take turns in one process, and are medians without
-warm-up rounds. First epochs, fits and peers are single runs, one after the other. All
+What is compared takes turns, and is given by its median, least and most, without
+warm-up rounds. Long fits, and epochs that compile for minutes, are single runs. All
 results are waited for.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from . import fit, joint, peers, ragged, rows, steps
+from . import by_hand, fit, peers, ragged, rows, start, steps
 from .pairs import Case, read, table
 
 COMMITTED = Path(__file__).parent
@@ -31,8 +31,9 @@ FAMILIES: dict[str, Callable[..., list[Case]]] = {
     "first": steps.first_cases,
     "ragged": ragged.cases,
     "rows": rows.cases,
-    "joint": joint.cases,
     "fit": fit.cases,
+    "by-hand": by_hand.cases,
+    "start": start.cases,
     "peers": peers.cases,
 }
 PICTURES = {"ragged": ragged.draw, "rows": rows.draw}

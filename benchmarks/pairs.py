@@ -1,7 +1,8 @@
 """What all pairs share: timing in turns, answers that agree, and what is kept."""
 
 import json
-import statistics
+import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
@@ -11,21 +12,28 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+SIDES = ("ours", "other")
+
 
 class Row(NamedTuple):
-    """Ours beside another way, in one unit of which less is better."""
+    """Ours beside another way, in one unit of which less is better.
+
+    Where it was measured several times, all values are given.
+    """
 
     case: str
     against: str
     unit: str
-    ours: float | None
-    other: float | None
+    ours: float | np.ndarray | None
+    other: float | np.ndarray | None
     target: float | None = None  # ours over the other, at most
     note: str = ""
 
     @property
     def ratio(self) -> float | None:
-        return self.ours / self.other if self.ours and self.other else None
+        if self.ours is None or self.other is None:
+            return None
+        return float(np.median(self.ours) / np.median(self.other))
 
     @property
     def met(self) -> bool | None:
@@ -34,7 +42,15 @@ class Row(NamedTuple):
         return self.ratio <= self.target
 
     def record(self) -> dict[str, Any]:
-        return {**self._asdict(), "ratio": self.ratio, "met": self.met}
+        """Keep medians, and the least and the most."""
+        kept = {**self._asdict(), "ratio": self.ratio, "met": self.met}
+        for side in SIDES:
+            values = kept[side]
+            if values is not None:
+                kept[side] = float(np.median(values))
+            if np.size(values) > 1:
+                kept[f"{side}_range"] = [float(np.min(values)), float(np.max(values))]
+        return kept
 
 
 class Found(NamedTuple):
@@ -71,8 +87,8 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def in_turns(
     ways: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 10
-) -> dict[str, float]:
-    """Time each way once in every round; medians, in seconds.
+) -> dict[str, np.ndarray]:
+    """Time each way once in every round; all times, in seconds.
 
     Whatever else the machine does then meets all ways alike.
     """
@@ -84,7 +100,7 @@ def in_turns(
             taken = seconds(ways[name])
             if number >= 0:
                 times[name].append(taken)
-    return {name: statistics.median(of_way) for name, of_way in times.items()}
+    return {name: np.array(of_way) for name, of_way in times.items()}
 
 
 def agree(losses: Mapping[str, Any], tolerance: float = 1e-4) -> float:
@@ -94,6 +110,29 @@ def agree(losses: Mapping[str, Any], tolerance: float = 1e-4) -> float:
     if not apart <= tolerance:  # so that NaN is refused, too
         raise AssertionError(f"{', '.join(losses)}: losses differ by {apart:.1e}.")
     return apart
+
+
+def run(command: list[str], caches: Path | None = None) -> dict[str, Any]:
+    """Run a process to its end, and read the last line that it prints.
+
+    What it compiles it keeps in a folder, if it is given one.
+    """
+    environment = {
+        n: v for n, v in os.environ.items() if n != "JAX_COMPILATION_CACHE_DIR"
+    }
+    if caches is not None:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": f"{caches}/jax",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTENSOR_FLAGS": f"base_compiledir={caches}/pytensor",
+        }
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -113,9 +152,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells += [{True: "yes", False: "NO", None: ""}[row["met"]], row["note"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-SIDES = ("ours", "other")
 
 
 def _value(value: float | None, unit: str = "") -> str:

@@ -193,7 +193,7 @@ def jitted(problem: Problem, case: str, size: int, rounds: int) -> Found:
     ways = {n: Steps(compiled[n], side.state, [batch]) for n, side in both.items()}
     took = in_turns(ways, rounds)
     same = "equal flops and bytes" if costs[0] == costs[1] else f"costs {costs}"
-    noise = took["again"] / took["by hand"]
+    noise = np.median(took["again"]) / np.median(took["by hand"])
     note = f"{same}; {AGAINST} against itself {noise:.2f}"
     ours, other = took["ours"] * 1e3, took["by hand"] * 1e3
     return Found([Row(case, AGAINST, "ms", ours, other, 1.05, note)], {})

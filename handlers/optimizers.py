@@ -11,6 +11,10 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 from numpyro.optim import _NumPyroOptim
 
+# What checks have found. Their programs are the keys, since each SVI wraps an optimizer
+# anew.
+_FOUND: dict[int, list[list[np.ndarray]]] = {}
+
 # By plate, the axis of an array that runs over the plate's rows.
 Axes = dict[str, int]
 
@@ -87,9 +91,11 @@ def check_rows_are_apart(
     counts: Mapping[str, int],
     leaf_axes: list[Axes],
 ) -> None:
-    """Refuse an optimizer whose steps are otherwise if a row is left out.
+    """Refuse an optimizer whose steps for a batch depend on the other rows.
 
-    Some steps are taken with made-up values, from parameters of zero and from others.
+    It takes a step with made-up values, with and without the other rows. In an ordinary
+    step these have no gradient, so that a norm over all gradients, by which an
+    optimizer may clip them, is that of the batch.
 
     Parameters
     ----------
@@ -101,57 +107,66 @@ def check_rows_are_apart(
     Raises
     ------
     ValueError
-        If one row's parameters or gradient make a difference to others.
+        If other rows make a difference to those of the batch. If the optimizer needs
+        more than gradients and the loss.
     """
+    # Half of the rows are others, so that a mean over rows differs by as much.
+    twice = {plate: 2 * count for plate, count in counts.items()}
     params = jax.eval_shape(optim.get_params, optim_state)
-    more = {plate: count + 1 for plate, count in counts.items()}
-    params = _with_rows(params, row_axes, more)
-    # Clipping by a norm may mix rows, and does not set in for so small gradients.
-    small = 1e-3 / np.sqrt(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)))
+    params = _with_rows(params, row_axes, twice)
+    draw = np.random.default_rng(0)
 
-    def made_up(phase: float) -> dict[str, Any]:
-        def wave(leaf: Any) -> jax.Array:
-            angles = phase + jnp.arange(np.prod(leaf.shape))
-            return jnp.sin(angles).reshape(leaf.shape).astype(leaf.dtype)
-
-        values = jax.tree.map(wave, params)
+    def made_up(scale: float, of_others: float) -> dict[str, Any]:
+        values = jax.tree.map(lambda leaf: scale * draw.normal(size=leaf.shape), params)
         for name, axes in row_axes.items():
-            for axis in axes.values():
-                # The rows to be left out are large, to be missed if they count.
-                first = (slice(None),) * axis + (0,)
-                values[name] = values[name].at[first].multiply(100.0)
-        return values
+            for plate, axis in axes.items():
+                others = (slice(None),) * axis + (slice(counts[plate]),)
+                values[name][others] *= of_others
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), values, params)
 
-    def but_first(leaf: jax.Array, axes: Axes) -> jax.Array:
-        for axis in axes.values():
-            leaf = jax.lax.slice_in_dim(leaf, 1, None, axis=axis)
+    def of_batch(leaf: jax.Array, axes: Axes) -> jax.Array:
+        for plate, axis in axes.items():
+            leaf = jax.lax.slice_in_dim(leaf, counts[plate], None, axis=axis)
         return leaf
 
     def differs(leaf: jax.Array, of_some: jax.Array, axes: Axes) -> jax.Array:
-        leaf = but_first(leaf, axes)
+        leaf = of_batch(leaf, axes)
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return jnp.any(leaf != of_some)
         # Rounding may differ; what it is about is much larger.
         return jnp.any(jnp.abs(leaf - of_some) > 1e-3 * jnp.max(jnp.abs(leaf)))
 
-    @jax.jit
-    def mixed(start: Any) -> list[jax.Array]:
-        state = optim.init(jax.tree.map(lambda leaf: start * leaf, made_up(1.0)))
+    def mixed(start: Any, before: Any, grads: Any) -> list[jax.Array]:
+        loss = jnp.ones(())
+        # All rows have had gradients, of which the state may keep something.
+        state = optim.update(before, optim.init(start), value=loss)
         leaves, structure = jax.tree.flatten(state)
-        of_some = jax.tree.unflatten(structure, map(but_first, leaves, leaf_axes))
-        for phase in (2.0, 3.0):
-            grads = jax.tree.map(lambda leaf: small * leaf, made_up(phase))
-            state = optim.update(grads, state, value=jnp.ones(()))
-            for name, axes in row_axes.items():
-                grads[name] = but_first(grads[name], axes)
-            of_some = optim.update(grads, of_some, value=jnp.ones(()))
-        leaves = jax.tree.leaves(state)
-        return list(map(differs, leaves, jax.tree.leaves(of_some), leaf_axes))
+        some = jax.tree.unflatten(structure, map(of_batch, leaves, leaf_axes))
+        state = optim.update(grads, state, value=loss)
+        grads = {n: of_batch(leaf, row_axes.get(n, {})) for n, leaf in grads.items()}
+        some = optim.update(grads, some, value=loss)
+        return list(map(differs, *map(jax.tree.leaves, (state, some)), leaf_axes))
 
-    with jax.ensure_compile_time_eval():
-        found = jax.device_get([mixed(start) for start in (0.0, 1.0)])
+    # A norm over all gradients is that of the batch where other rows have none. It may
+    # clip these, and does not clip small ones.
+    runs = [
+        (made_up(start, 10.0), made_up(size, 10.0), made_up(size, of_others))
+        for start, size, of_others in ((0.0, 1e-6, 10.0), (1.0, 1e3, 0.0))
+    ]
+    try:
+        lowered = jax.jit(mixed).lower(*runs[0])
+    except Exception as error:
+        raise ValueError(
+            "The optimizer takes no step from gradients and the loss alone "
+            f"({type(error).__name__}: {error}). Take one that does, as optax.adam."
+        ) from error
+    # Called as a compiled program, it is computed now, whatever is being traced.
+    program = hash(lowered.as_text())
+    if program not in _FOUND:
+        compiled = lowered.compile()
+        _FOUND[program] = jax.device_get([compiled(*run) for run in runs])
     for i, (path, _) in enumerate(tree_leaves_with_path(optim_state)):
-        if any(leaves[i] for leaves in found):
+        if any(leaves[i] for leaves in _FOUND[program]):
             raise ValueError(_mixes(path, sizes))
 
 

@@ -125,7 +125,7 @@ def surrogate_dais(kind):
         with handlers.scale(scale=omega):
             model(N)
 
-    return model, AutoSurrogateLikelihoodDAIS(model, surrogate_model)
+    return model, AutoSurrogateLikelihoodDAIS(model, surrogate_model, K=2)
 
 
 def name_of(guide_class):
@@ -141,6 +141,12 @@ JOINT = [
     autoguide.AutoLaplaceApproximation,
     autoguide.AutoDAIS,
 ]
+# What takes long to compile, in its smallest form.
+SMALL = {
+    autoguide.AutoIAFNormal: {"num_flows": 1},
+    autoguide.AutoBNAFNormal: {"hidden_factors": [2]},
+    autoguide.AutoDAIS: {"K": 2},
+}
 BATCHED = [
     autoguide.AutoBatchedMultivariateNormal,
     autoguide.AutoBatchedLowRankMultivariateNormal,
@@ -157,14 +163,14 @@ LISTS = {
 GUIDES = (
     {name_of(cls): whole(cls) for cls in (AutoNormal, AutoDelta)}
     | LISTS
-    | {name_of(cls): whole(cls) for cls in JOINT}
+    | {name_of(cls): whole(cls, **SMALL.get(cls, {})) for cls in JOINT}
     | {name_of(cls): whole(cls, batch_ndim=1) for cls in BATCHED}
     | {
-        "`AutoSemiDAIS`": semi_dais(),
+        "`AutoSemiDAIS`": semi_dais(K=2),
         "`AutoSemiDAIS`, `use_global_dais_params`": semi_dais(
-            use_global_dais_params=True
+            K=2, use_global_dais_params=True
         ),
-        "`AutoSemiDAIS`, local guide": semi_dais(local_guide=True),
+        "`AutoSemiDAIS`, local guide": semi_dais(K=2, local_guide=True),
         "`AutoSurrogateLikelihoodDAIS`": surrogate_dais,
     }
 )

@@ -177,11 +177,19 @@ def test_multi_sample_guide():
 def test_stein_vi(guide_class):
     guide = dynamic_subsample(guide_class(one_latent))
     stein = SteinVI(one_latent, guide, numpyro.optim.Adagrad(0.1), RBFKernel(), 2, 2)
-    state = stein.init(jax.random.key(0), 4)
-    for size in (3, N):
-        state, loss = stein.update(state, size)
-        assert jnp.isfinite(loss)
-    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(stein.get_params(state)))
+
+    @jax.jit
+    def steps(key):
+        state = stein.init(key, 4)
+        losses = []
+        for size in (3, N):
+            state, loss = stein.update(state, size)
+            losses.append(loss)
+        return stein.get_params(state), losses
+
+    params, losses = steps(jax.random.key(0))
+    assert jnp.isfinite(jnp.array(losses)).all()
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(params))
 
 
 def test_stein_vi_refuses_what_it_refuses():

@@ -1,6 +1,7 @@
 """Losses, gradients and states equal those of a hand-written `create_plates`."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import jax
 import numpy as np
@@ -50,6 +51,22 @@ class Pair:
             ours = self.ours.init(key, size)
         return ours, self.theirs.init(key, size)
 
+    def sequence(self, *sizes):
+        """Initialise at the first size and step at the others, in one program."""
+
+        def run(svi, key):
+            state = svi.init(key, sizes[0])
+            steps = []
+            for size in sizes[1:]:
+                state, loss = svi.update(state, size)
+                steps.append((state, loss))
+            return steps
+
+        key = jax.random.key(1)
+        with self.context():
+            ours = jax.jit(partial(run, self.ours))(key)
+        assert_equal(ours, jax.jit(partial(run, self.theirs))(key))
+
     def update(self, states, size, *, jit=True):
         steps = self.steps if jit else {svi: svi.update for svi in self.steps}
         with self.context():
@@ -63,10 +80,7 @@ class Pair:
 @pytest.mark.parametrize("case", CASES)
 def test_sequence_of_sizes(case, guide_class):
     """Full first, smaller, full again, on models of every kind."""
-    pair = Pair(CASES[case], guide_class)
-    states = pair.init(N)
-    for size in (3, N):
-        states = pair.update(states, size)
+    Pair(CASES[case], guide_class).sequence(N, 3, N)
 
 
 @pytest.fixture(scope="module", params=[N, 3])
@@ -107,9 +121,7 @@ OBJECTIVES = [
 
 @pytest.mark.parametrize("loss", OBJECTIVES, ids=["vmap", "map", "mean field", "graph"])
 def test_objectives(loss):
-    pair = Pair(CASES["one latent"], loss=loss)
-    states = pair.init(3)
-    pair.update(states, 5)
+    Pair(CASES["one latent"], loss=loss).sequence(3, 5)
 
 
 def test_every_way_to_step():
