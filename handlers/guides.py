@@ -57,7 +57,7 @@ def joint_over(guide: Any, plate: str) -> AutoContinuous | None:
     if isinstance(guide, AutoGuideList):
         parts = (joint_over(part, plate) for part in guide)
         return next((part for part in parts if part is not None), None)
-    if isinstance(guide, AutoContinuous) and plate in guide._prototype_frames:
+    if isinstance(guide, AutoContinuous) and plate in internals.frames(guide):
         return guide
     return None
 
@@ -96,7 +96,7 @@ def call_guide(
         with served(guide, call, args, kwargs):
             return run(*args, **kwargs)
     initialised = isinstance(guide, AutoGuide) and guide.prototype_trace is not None
-    needs = guide._prototype_frames if initialised else None
+    needs = internals.frames(guide) if initialised else None
     contexts = [h for h in internals.handlers_around() if isinstance(h, ModelCall)]
     names = dict(ChainMap(dict(rows or {}), *(dict(own.rows) for own in contexts)))
     pins = arguments_for_plates(model, names, args, kwargs)
@@ -169,7 +169,7 @@ def served(
     if not issubclass(type(guide), AutoGuide) or is_served(guide):
         yield
         return
-    with Serving(guide), _parts_served(guide):
+    with Serving(guide), internals.with_parts(guide, _part):
         if guide.prototype_trace is not None:
             with _family(guide, call, args, kwargs):
                 yield
@@ -194,15 +194,8 @@ class _Part:
         return getattr(self._guide, name)
 
 
-def _parts_served(guide: AutoGuide) -> AbstractContextManager[None]:
-    def part(guide: Any) -> Any:
-        return _Part(guide) if issubclass(type(guide), AutoGuide) else guide
-
-    if isinstance(guide, AutoGuideList):
-        return internals.replaced(guide, _guides=[part(own) for own in guide._guides])
-    if isinstance(guide, AutoSemiDAIS):
-        return internals.replaced(guide, global_guide=part(guide.global_guide))
-    return nullcontext()
+def _part(guide: Any) -> Any:
+    return _Part(guide) if issubclass(type(guide), AutoGuide) else guide
 
 
 @contextmanager
@@ -264,7 +257,7 @@ def _set_up_prototype(
     plates = call.plates.values()
     # A part made with block(model, expose=...) does not see the plates of its sites.
     for plate in plates:
-        guide._prototype_frame_full_sizes.setdefault(plate.name, plate.size)
+        internals.full_sizes(guide).setdefault(plate.name, plate.size)
     subsampled = {p.name for p in plates if p.subsample_size != p.size}
     reordered = [p for p in plates if p.name not in subsampled and not p.in_order]
     if isinstance(guide, AutoContinuous):
@@ -277,13 +270,13 @@ def _set_up_prototype(
         if subsampled:
             _set_up_at_full_size(guide, min(subsampled), call, args, kwargs)
         else:
-            guide._setup_prototype(*args, **kwargs)
+            internals.set_up_prototype(guide, args, kwargs)
     elif isinstance(guide, AutoSemiDAIS):
-        guide._setup_prototype(*args, **kwargs)
+        internals.set_up_prototype(guide, args, kwargs)
     elif subsampled and getattr(guide.init_loc_fn, "func", None) is init_to_value:
         _set_up_from_values(guide, args, kwargs)
     elif reordered:
-        guide._setup_prototype(*args, **kwargs)
+        internals.set_up_prototype(guide, args, kwargs)
     prototype: Any = guide.prototype_trace
     for plate in reordered:
         # What handlers around pin does not reach the prototype. The posterior methods
@@ -345,7 +338,7 @@ def _set_up_at_full_size(
             "data; later calls may bring batches of any size."
         ) from error
     with full_size():
-        guide._setup_prototype(*args, **kwargs)
+        internals.set_up_prototype(guide, args, kwargs)
 
 
 def _set_up_from_values(guide: AutoGuide, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -354,17 +347,18 @@ def _set_up_from_values(guide: AutoGuide, args: tuple, kwargs: dict[str, Any]) -
     values = init_loc_fn.keywords.get("values", {})
     of_rows = partial(_init_to_rows_of_value, values=values)
     with internals.replaced(guide, init_loc_fn=of_rows):
-        guide._setup_prototype(*args, **kwargs)
+        internals.set_up_prototype(guide, args, kwargs)
     if isinstance(guide, AutoGuideList):
         return
     prototype: Any = guide.prototype_trace
-    for name, init_loc in guide._init_locs.items():
+    start = internals.initial_values(guide)
+    for name, init_loc in start.items():
         if name not in values:
             continue
         value = values[name]
         if not isinstance(guide, AutoDelta):
             value = biject_to(prototype[name]["fn"].support).inv(value)
-        guide._init_locs[name] = jnp.broadcast_to(value, jnp.shape(init_loc))
+        start[name] = jnp.broadcast_to(value, jnp.shape(init_loc))
 
 
 def _init_to_rows_of_value(site: dict[str, Any], values: dict[str, Any]) -> Any:
@@ -387,7 +381,7 @@ def _joint(guide: AutoContinuous, call: GuideCall) -> Generator[None]:
     batch and passes through the plate, whose scale makes its log density and the
     model's unbiased estimates of those of all rows.
     """
-    frames = guide._prototype_frames
+    frames = internals.frames(guide)
     for name in frames:
         _refuse_enumeration(guide, name)
     plates = {name: _plate(guide, frame) for name, frame in frames.items()}
@@ -419,12 +413,12 @@ def _refuse_enumeration(guide: AutoGuide, name: str) -> None:
         raise ValueError(
             f"TraceEnum_ELBO does not support {type(guide).__name__} with local "
             f"latents, here in plate '{name}' (size "
-            f"{guide._prototype_frame_full_sizes[name]}). Use AutoNormal."
+            f"{internals.full_sizes(guide)[name]}). Use AutoNormal."
         )
 
 
 def _plate(guide: AutoGuide, frame: CondIndepStackFrame) -> Any:
-    size = guide._prototype_frame_full_sizes[frame.name]
+    size = internals.full_sizes(guide)[frame.name]
     return numpyro.plate(frame.name, size, dim=frame.dim)
 
 
@@ -464,7 +458,7 @@ def _local_dais(guide: AutoSemiDAIS, call: GuideCall) -> Generator[None]:
     of the plate, so that their messages have no scale, which ``TraceMeanField_ELBO``
     needs. Here the plates scale them.
     """
-    name, size, _ = guide._local_plate
+    name, size, _ = internals.local_plate(guide)
     _refuse_enumeration(guide, name)
     if guide.local_guide is not None and internals.under_renyi_elbo():
         raise ValueError(
@@ -475,7 +469,7 @@ def _local_dais(guide: AutoSemiDAIS, call: GuideCall) -> Generator[None]:
 
     @cache
     def plate(name: str) -> Any:
-        return _plate(guide, guide._prototype_frames[name])
+        return _plate(guide, internals.frames(guide)[name])
 
     def unscaled(delta: Delta, plate: Any) -> Delta:
         if plate.name != name or plate.subsample_size == size:
@@ -485,7 +479,7 @@ def _local_dais(guide: AutoSemiDAIS, call: GuideCall) -> Generator[None]:
 
     of_call = (name, size, call.plate(name, size).subsample_size)
     with (
-        internals.replaced(guide, _local_plate=of_call),
+        internals.with_local_plate(guide, of_call),
         _SitesInPlates(guide, plate, unscaled),
     ):
         yield

@@ -7,7 +7,7 @@ stack of handlers.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ try:
     from numpyro.contrib.funsor.enum_messenger import plate as enum_plate
     from numpyro.handlers import condition, mask, replay, scope, substitute, trace
     from numpyro.infer import Predictive
-    from numpyro.infer.autoguide import AutoGuide
+    from numpyro.infer.autoguide import AutoGuide, AutoGuideList, AutoSemiDAIS
     from numpyro.ops.provenance import eval_provenance
     from numpyro.optim import _NumPyroOptim as Optimizer
     from numpyro.primitives import _PYRO_STACK as STACK
@@ -230,6 +230,58 @@ def under_predictive() -> bool:
     guide's sites in training is taken for it, and may get a warning too many.
     """
     return any(isinstance(h, mask) and h.mask is False for h in STACK)
+
+
+# ------------------------------------------------------------------ automatic guides
+
+
+def frames(guide: Any) -> dict[str, CondIndepStackFrame]:
+    """Return the plates of a guide's latents, as the first call had them."""
+    return guide._prototype_frames
+
+
+def full_sizes(guide: Any) -> dict[str, int]:
+    """Return the sizes of the plates that a guide knows, to be added to."""
+    return guide._prototype_frame_full_sizes
+
+
+def set_up_prototype(guide: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Let a guide learn the model's structure, as NumPyro does in its first call."""
+    guide._setup_prototype(*args, **kwargs)
+
+
+def initial_values(guide: Any) -> dict[str, Any]:
+    """Return where the latents of a guide start, by site, to be changed."""
+    return guide._init_locs
+
+
+def sites_of_first_call(guide: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Run the model on the first call's arguments, with unconstrained latents."""
+    return guide._postprocess_fn(values)
+
+
+def with_postprocessing(guide: Any, run: Callable, prototype: Any) -> Any:
+    """Let a guide make sites of its latents by `run`, instead of by its model."""
+    return replaced(guide, _postprocess_fn=run, prototype_trace=prototype)
+
+
+def with_parts(guide: Any, change: Callable[[Any], Any]) -> Any:
+    """Let a guide that is made of others call them changed."""
+    if isinstance(guide, AutoGuideList):
+        return replaced(guide, _guides=[change(part) for part in guide._guides])
+    if isinstance(guide, AutoSemiDAIS):
+        return replaced(guide, global_guide=change(guide.global_guide))
+    return nullcontext()
+
+
+def local_plate(guide: Any) -> tuple[str, int, int]:
+    """Return the plate of an ``AutoSemiDAIS``: name, size and subsample size."""
+    return guide._local_plate
+
+
+def with_local_plate(guide: Any, plate: tuple[str, int, int]) -> Any:
+    """Let an ``AutoSemiDAIS`` have another subsample size."""
+    return replaced(guide, _local_plate=plate)
 
 
 # ------------------------------------------------------------------ changes, undone

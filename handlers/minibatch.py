@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 
-from .padding import repeat_last_row
+from .padding import as_array, repeat_last_row
 
 Capacity = int | Callable[[int], int]
 
@@ -157,7 +157,7 @@ def minibatch(
         arrays = []
         for path, leaf in leaves:
             label = f"argument {argument!r}{keystr(path)}"
-            array = _array(label, leaf)
+            array = as_array(label, leaf)
             arrays.append(array)
             if array.ndim == 0:
                 continue
@@ -198,7 +198,7 @@ def as_minibatch(item: Any) -> Minibatch:
     # A named tuple is one argument.
     args = item if type(item) in (tuple, list) else (item,)
     leaves, structure = tree_flatten_with_path(tuple(args), is_leaf=_is_list)
-    arrays = [_array(f"argument {keystr(path)}", leaf) for path, leaf in leaves]
+    arrays = [as_array(f"argument {keystr(path)}", leaf) for path, leaf in leaves]
     return Minibatch(tree_unflatten(structure, arrays), {}, {}, {}, padded=())
 
 
@@ -229,26 +229,9 @@ def _is_list(tree: Any) -> bool:
     return isinstance(tree, list)
 
 
-def _array(label: str, leaf: Any) -> np.ndarray | jax.Array:
-    """Take a leaf as an array of numbers."""
-    try:
-        array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    # Their type depends on the library that made the leaf.
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"NumPy cannot take {label} as an array: {error}") from error
-    numbers = (np.number, np.bool_, jax.dtypes.extended)
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in numbers):
-        raise ValueError(
-            f"{label} is of type {type(leaf).__name__} and holds {array.dtype}, but a "
-            "step takes numbers only. Encode it as numbers, or give the model what is "
-            "the same in all batches with functools.partial."
-        )
-    return array
-
-
 def _rows(plate: str, rows: Any, size: int | None) -> np.ndarray | jax.Array:
     """Check the rows of a plate, as far as they go without its arguments."""
-    vector = _array(f"rows of plate '{plate}'", rows)
+    vector = as_array(f"rows of plate '{plate}'", rows)
     if vector.ndim != 1 or (
         len(vector) and not jnp.issubdtype(vector.dtype, jnp.integer)
     ):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
-from numpyro.optim import _NumPyroOptim
+
+from .internals import Optimizer
 
 # What checks have found. Their programs are the keys, since each SVI wraps an optimizer
 # anew.
@@ -25,7 +26,7 @@ REMEDY = (
 
 
 def axes_of_leaves(
-    optim: _NumPyroOptim,
+    optim: Optimizer,
     optim_state: Any,
     row_axes: Mapping[str, Axes],
     sizes: Mapping[str, int],
@@ -84,7 +85,7 @@ def axes_of_leaves(
 
 
 def check_rows_are_apart(
-    optim: _NumPyroOptim,
+    optim: Optimizer,
     optim_state: Any,
     row_axes: Mapping[str, Axes],
     sizes: Mapping[str, int],

@@ -53,16 +53,16 @@ def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:
     >>> state, loss = step(state, x, indices={"n": rows}, valid={"n": n})
     """
     leaves, structure = tree_flatten_with_path(batch)
-    lengths: dict[str, int] = {}
-    for path, leaf in leaves:
-        shape = np.shape(leaf)
-        if not isinstance(leaf, np.ndarray | jax.Array) or not shape:
+    arrays = {f"batch{keystr(path)}": leaf for path, leaf in leaves}
+    for label, leaf in arrays.items():
+        arrays[label] = as_array(label, leaf)
+        if not arrays[label].ndim:
             raise ValueError(
-                f"batch{keystr(path)} is {leaf!r}, which has no leading axis to pad. "
-                "Give arrays with one row per row of the batch, and pass what all rows "
-                "share to the step itself."
+                f"{label} is {leaf!r}, which has no leading axis to pad. Give arrays "
+                "with one row per row of the batch, and pass what all rows share to "
+                "the step itself."
             )
-        lengths[f"batch{keystr(path)}"] = shape[0]
+    lengths = {label: len(array) for label, array in arrays.items()}
     if not lengths or min(lengths.values()) < 1:
         raise ValueError(
             f"The batch has no row to repeat; the leading axes are {lengths}. Skip the "
@@ -76,13 +76,32 @@ def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:
     count = next(iter(lengths.values()))
     if capacity is None:
         capacity = 1 << (count - 1).bit_length()
+    if not isinstance(capacity, int | np.integer):
+        raise ValueError(f"The capacity must be a whole number, not {capacity!r}.")
     if capacity < count:
         raise ValueError(
             f"The batch has {count} rows, more than the capacity of {capacity}. Give a "
             "capacity of at least that of the largest batch."
         )
-    padded = [repeat_last_row(leaf, capacity) for _, leaf in leaves]
+    padded = [repeat_last_row(array, capacity) for array in arrays.values()]
     return tree_unflatten(structure, padded), count
+
+
+def as_array(label: str, leaf: Any) -> np.ndarray | jax.Array:
+    """Take a leaf as an array of numbers."""
+    try:
+        array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    # Their type depends on the library that made the leaf.
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"NumPy cannot take {label} as an array: {error}") from error
+    numbers = (np.number, np.bool_, jax.dtypes.extended)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in numbers):
+        raise ValueError(
+            f"{label} is of type {type(leaf).__name__} and holds {array.dtype}, but a "
+            "step takes numbers only. Encode it as numbers, or give the model what is "
+            "the same in all batches with functools.partial."
+        )
+    return array
 
 
 def repeat_last_row(

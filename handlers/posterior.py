@@ -150,8 +150,7 @@ def _latents(guide: AutoGuide, run: Callable, args: tuple, kwargs: dict) -> Any:
         }
 
     without = {k: v for k, v in prototype.items() if v["type"] != "deterministic"}
-    changes = {"_postprocess_fn": constrain, "prototype_trace": without}
-    with internals.replaced(guide, **changes), full_size():
+    with internals.with_postprocessing(guide, constrain, without), full_size():
         return run(*args, **kwargs)
 
 
@@ -192,7 +191,7 @@ def _independent_of_rows(
     depend, by data flow, on no latent there.
     """
     prototype: Any = guide.prototype_trace
-    full_sizes = guide._prototype_frame_full_sizes
+    full_sizes = internals.full_sizes(guide)
 
     def of_batch(name: str) -> bool:
         return any(
@@ -208,7 +207,7 @@ def _independent_of_rows(
             for name, value in latents.items()
         }
         with ModelCall():
-            sites = guide._postprocess_fn(unconstrained)
+            sites = internals.sites_of_first_call(guide, unconstrained)
         return {name: sites[name] for name in names}
 
     ndims = _batch_ndims(guide, latents)

@@ -208,12 +208,9 @@ class RowSteps:
         with substitute(data=drawn), _ParamsOfTheseRows(found.axes, places):
             # A branch is compiled apart from the taking and putting of rows, and so to
             # the last bit as the ordinary step is. Fused with them, it could round
-            # otherwise. (A batch in which no row is real changes nothing.)
+            # otherwise. (A batch in which no row is real is invalid.)
             small, loss = jax.lax.cond(
-                a_real_row,
-                step,
-                lambda small: (small, jnp.full_like(loss, jnp.nan)),
-                small,
+                a_real_row, step, lambda small: _nan_like((small, loss)), small
             )
         some = jax.tree.leaves(small.optim_state)
         new = map(partial(_put, rows=unique), leaves, leaf_axes, some)
@@ -240,6 +237,14 @@ class RowSteps:
                 f"from plate '{plate}' (size {found.sizes[plate]}), and rowwise needs "
                 f"those of one batch. Pin them: indices={{'{plate}': rows}}."
             )
+
+
+def _nan_like(tree: Any) -> Any:
+    def nan_like(leaf: jax.Array) -> jax.Array:
+        inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return jnp.full_like(leaf, jnp.nan) if inexact else leaf
+
+    return jax.tree.map(nan_like, tree)
 
 
 def _index(leaf: jax.Array, axes: Axes, rows: Mapping[str, jax.Array]) -> tuple:

@@ -1,0 +1,95 @@
+"""What this library uses of NumPyro's insides, by name."""
+
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers, infer, primitives
+from numpyro.contrib.funsor import enum_messenger
+from numpyro.infer import autoguide
+from numpyro.infer.autoguide import AutoGuideList, AutoNormal, AutoSemiDAIS
+from numpyro.ops import provenance
+
+import numpyro_dynamic_subsample
+from models import N, X, one_latent
+from numpyro_dynamic_subsample import internals
+
+
+def local(size):
+    with numpyro.plate("n", N, subsample_size=size) as idx:
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
+
+
+def initialised(guide):
+    with handlers.seed(rng_seed=0):
+        guide(4)
+    return guide
+
+
+OWNERS = {
+    "primitives": lambda: primitives,
+    "plate": lambda: primitives.plate,
+    "a plate": lambda: primitives.plate("n", N),
+    "funsor": lambda: enum_messenger,
+    "optim": lambda: numpyro.optim,
+    "provenance": lambda: provenance,
+    "Predictive": lambda: infer.Predictive,
+    "autoguide": lambda: autoguide,
+    "AutoNormal": lambda: initialised(AutoNormal(one_latent)),
+    "AutoGuideList": lambda: AutoGuideList(one_latent),
+    "AutoSemiDAIS": lambda: initialised(AutoSemiDAIS(local, local)),
+    "scope": lambda: handlers.scope(prefix="a"),
+    "seed": lambda: handlers.seed(rng_seed=0),
+    "mask": lambda: handlers.mask(mask=False),
+    "replay": lambda: handlers.replay(trace={}),
+    "condition": lambda: handlers.condition(data={}),
+}
+NAMES = [
+    ("primitives", "_PYRO_STACK"),
+    ("primitives", "CondIndepStackFrame"),
+    ("plate", "_subsample"),
+    ("plate", "postprocess_message"),
+    ("a plate", "_indices"),
+    ("funsor", "enum"),
+    ("funsor", "plate"),
+    ("optim", "_NumPyroOptim"),
+    ("provenance", "eval_provenance"),
+    ("Predictive", "__call__"),
+    ("AutoNormal", "prototype_trace"),
+    ("AutoNormal", "_setup_prototype"),
+    ("AutoNormal", "_prototype_frames"),
+    ("AutoNormal", "_prototype_frame_full_sizes"),
+    ("AutoNormal", "_init_locs"),
+    ("AutoNormal", "_postprocess_fn"),
+    ("AutoGuideList", "_guides"),
+    ("AutoSemiDAIS", "_local_plate"),
+    ("AutoSemiDAIS", "global_guide"),
+    ("scope", "hide_types"),
+    ("seed", "hide_types"),
+    ("mask", "mask"),
+    ("replay", "trace"),
+    ("condition", "data"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), NAMES)
+def test_numpyro_still_has(owner, name):
+    assert hasattr(OWNERS[owner](), name)
+
+
+def test_funsors_plate_holds_its_rows():
+    plate = enum_messenger.plate("n", N)
+    assert internals.rows_of(plate).shape == (N,)
+
+
+def test_public_names():
+    assert sorted(numpyro_dynamic_subsample.__all__) == [
+        "Minibatch",
+        "MisalignedSubsampleWarning",
+        "SubsampleSVI",
+        "UnscaledSubsampleWarning",
+        "dynamic_subsample",
+        "minibatch",
+        "pad_minibatch",
+        "valid_rows",
+    ]
