@@ -111,8 +111,8 @@ def call_guide(
             _refuse_what_a_wrapper_cannot_reach(guide, call)
         with call, served(guide, call, args, kwargs):
             result = run(*args, **kwargs)
-            for name in pins.keys() - call.plates.keys():
-                # The model takes the rows of the guide's plates, so it needs this one.
+            for name in pins:
+                # The model takes the rows of a plate of the guide: there has to be one.
                 plate = call.plate(name)
                 numpyro.plate(name, plate.size, dim=plate.dim)
         check_drawn_rows(guide, call, rerun)

@@ -233,17 +233,20 @@ def arguments_for_plates(
     if not names:
         return {}
     parameters = signature(model).parameters
-    given = dict(zip(parameters, args, strict=False)) | dict(enumerate(args)) | kwargs
+    given = dict(zip(parameters, args, strict=False)) | kwargs
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    found = {}
     for plate, name in names.items():
-        known = name in parameters or open_ended or name in range(len(parameters))
-        if not known:
+        if name in range(len(parameters)):
+            name = list(parameters)[name]
+        if name not in parameters and not open_ended:
             raise ValueError(
                 f"The rows of plate '{plate}' are said to be in the argument {name!r}, "
                 f"but the arguments of the model are {list(parameters)}."
             )
-    found = {plate: given.get(name) for plate, name in names.items()}
-    return {plate: value for plate, value in found.items() if value is not None}
+        if given.get(name) is not None:
+            found[plate] = given[name]
+    return found
 
 
 # ------------------------------------------------------------------ reading a model
