@@ -214,10 +214,14 @@ def kind_of(guide, objective):
 
 
 def markdown():
-    rows = [["Guide", *(f"`{name}`" for name in OBJECTIVES)], ["---"] * 6]
+    """Guides with the same marks share a row."""
+    marks = {}
     for guide in GUIDES:
         reasons = [ruled_out(guide, objective) for objective in OBJECTIVES]
-        rows.append([guide, *("✓" if r is None else f"({r})" for r in reasons)])
+        own = tuple("✓" if reason is None else f"({reason})" for reason in reasons)
+        marks.setdefault(own, []).append(guide)
+    rows = [["Guide", *(f"`{name}`" for name in OBJECTIVES)], ["---"] * 6]
+    rows += [["; ".join(guides), *own] for own, guides in marks.items()]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     notes = [f"- ({key}) {reason}." for key, (reason, _) in RULED_OUT.items()]
     return "\n".join([*lines, "", *notes])

@@ -7,6 +7,7 @@ import copy
 import gc
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -79,11 +80,34 @@ WAYS = {
         "where only the guide is wrapped",
     ),
     "predictive": Way(
-        "`Predictive(model, guide=guide)` with rows that the plate draws",
+        "`Predictive`, with a guide or samples of all rows, and rows that the plate "
+        "draws",
         WRONG,
-        "`MisalignedSubsampleWarning`",
+        "`MisalignedSubsampleWarning`; with samples, in the context",
+    ),
+    "parameters": Way(
+        "A shuffled batch covers the whole plate, and the model has parameters with "
+        "`event_dim` or `numpyro.subsample` there",
+        WRONG,
+        "right in the context and with `SubsampleSVI`; an error where only the guide "
+        "is wrapped",
+    ),
+    "members": Way(
+        "The data of groups in a subsampled plate have no scale",
+        WRONG,
+        "`UnscaledSubsampleWarning`",
+    ),
+    "range": Way(
+        "Rows or counts are out of range",
+        "NaN, or silently wrong",
+        "an error where they are known, NaN in compiled steps of `SubsampleSVI`",
     ),
 }
+
+
+def test_readme_shows_these_ways():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert markdown() in readme
 
 
 def markdown():
