@@ -56,6 +56,7 @@ class GuideCall(Handler):
         self.latents: dict[str, list[str]] = {}
         self._needs = needs
         self._of_all_rows = False
+        self._read_whole = False
         self._around = internals.handlers_around()
         self.in_context = internals.find(ModelCall) is not None
 
@@ -67,6 +68,8 @@ class GuideCall(Handler):
         """
         model, args, kwargs = self.run
         until = None if until is None else set(until)
+        if until is None and self._read_whole:
+            return True
         try:
             read = read_plates(model, args, kwargs, self._around, until=until)
         except (AttributeError, TypeError):
@@ -75,6 +78,7 @@ class GuideCall(Handler):
             self._of_all_rows = True
             return False
         self.plates = read | self.plates
+        self._read_whole = until is None
         return True
 
     def plate(self, name: str, size: int | None = None) -> PlateRows:

@@ -41,7 +41,9 @@ STEP_SIZE = 0.1
 
 # The first call is often made with a batch of rows that nobody names.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::numpyro_dynamic_subsample.MisalignedSubsampleWarning"
+    "ignore::numpyro_dynamic_subsample.MisalignedSubsampleWarning",
+    # The density is compared, whatever the scale.
+    "ignore::numpyro_dynamic_subsample.UnscaledSubsampleWarning",
 )
 
 
