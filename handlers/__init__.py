@@ -1,5 +1,7 @@
 """Mini-batches of any size for NumPyro's automatic guides."""
 
+from importlib.metadata import version as _version
+
 from .alignment import MisalignedSubsampleWarning, UnscaledSubsampleWarning
 from .dynamic_subsample import dynamic_subsample
 from .minibatch import Minibatch, minibatch
@@ -16,3 +18,5 @@ __all__ = [
     "pad_minibatch",
     "valid_rows",
 ]
+
+__version__ = _version("numpyro-dynamic-subsample")

@@ -392,7 +392,9 @@ def _provenance(
     arrays = {
         i: leaf
         for i, leaf in enumerate(leaves)
-        if data and isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim
+        if data
+        and isinstance(leaf, jax.Array | np.ndarray)
+        and plate.subsample_size in leaf.shape
     }
     constant_data: set[str] = set()
 

@@ -8,14 +8,14 @@ from contextlib import ExitStack
 from typing import Any
 
 from numpyro.infer import MCMC, SVI
-from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import Messenger
 
 from . import internals
 from .alignment import check_predictive
 from .guides import call_guide, model_of
-from .model_call import ModelCall, ValuesOfBatch
+from .model_call import ModelCall, Samples
 from .posterior import POSTERIOR_METHODS, call_posterior_method
 
 
@@ -96,25 +96,32 @@ class dynamic_subsample(ModelCall):
         rows: Mapping[str, str | int] | None = None,
     ) -> None:
         if type(guide) is dynamic_subsample:
-            guide, model, rows = guide.fn, model or guide._model, rows or guide.rows
+            guide, model, rows = guide.fn, model or guide._model, rows or guide._rows
         if guide is not None:
             _check_guide(guide, model)
         super().__init__(guide)
         self._model = model
-        self.rows = dict(rows or {})
+        self._rows = dict(rows or {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         guide = self.fn
         if guide is None:
             (guide,) = args
-            return dynamic_subsample(guide, model=self._model, rows=self.rows)
+            return dynamic_subsample(guide, model=self._model, rows=self._rows)
+        serve = functools.partial(dynamic_subsample, model=self._model, rows=self._rows)
         if isinstance(guide, Messenger) and guide.fn is not None:
             # A handler around the guide: it stays around what is served.
-            inside = dynamic_subsample(guide.fn, model=self._model, rows=self.rows)
-            with internals.replaced(guide, fn=inside):
+            with internals.replaced(guide, fn=serve(guide.fn)):
                 return guide(*args, **kwargs)
+        if isinstance(guide, functools.partial):
+            inside = functools.partial(serve(guide.func), *guide.args, **guide.keywords)
+            return inside(*args, **kwargs)
         model: Any = self._model or model_of(guide)
-        return call_guide(guide, model, args, kwargs, rows=self.rows)
+        with ExitStack() as changes:
+            in_context = internals.find(dynamic_subsample) is not None
+            if not in_context and not _knows_its_parts(guide):
+                _route_autoguides(changes)
+            return call_guide(guide, model, args, kwargs, rows=self._rows)
 
     def __enter__(self) -> dynamic_subsample:
         if internals.find(dynamic_subsample) is None:
@@ -147,8 +154,9 @@ class dynamic_subsample(ModelCall):
 
     def __setattr__(self, name: str, value: Any) -> None:
         guide = vars(self).get("fn")
-        special = name.startswith("__")  # what Messenger copies of the guide
-        if isinstance(guide, AutoGuide) and hasattr(guide, name) and not special:
+        # Names with two underscores are what Messenger copies of the guide.
+        own = name.startswith("__") or name in _OWN
+        if isinstance(guide, AutoGuide) and hasattr(guide, name) and not own:
             setattr(guide, name, value)
         else:
             super().__setattr__(name, value)
@@ -168,11 +176,22 @@ class dynamic_subsample(ModelCall):
     def __repr__(self) -> str:
         inside = [] if self.fn is None else [repr(self.fn)]
         inside += [] if self._model is None else [f"model={self._model!r}"]
-        inside += [f"rows={self.rows!r}"] if self.rows else []
+        inside += [f"rows={self._rows!r}"] if self._rows else []
         return f"dynamic_subsample({', '.join(inside)})"
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (self.fn, self._model, self.rows)
+        return _rebuild, (self.fn, self._model, self._rows)
+
+
+# Attributes of a wrapper that are never its guide's.
+_OWN = ("fn", "_model", "_rows", "_routes", "_changes", "_unserved")
+
+
+def _knows_its_parts(guide: Any) -> bool:
+    """Tell whether no function stands between a guide and the autoguides in it."""
+    if isinstance(guide, AutoGuideList):
+        return all(map(_knows_its_parts, guide))
+    return isinstance(guide, AutoGuide)
 
 
 def _rebuild(guide: Any, model: Any, rows: Any) -> dynamic_subsample:
@@ -240,11 +259,11 @@ def _served_call(run: Any) -> Callable:
 def _aligned_predictions(run: Any) -> Callable:
     @functools.wraps(run)
     def predict(predictive: Any, rng_key: Any, *args: Any, **kwargs: Any) -> Any:
-        if predictive.guide is not None:
-            with ValuesOfBatch():
-                return run(predictive, rng_key, *args, **kwargs)
-        check_predictive(predictive, args, kwargs)
-        return run(predictive, rng_key, *args, **kwargs)
+        of_all_rows = predictive.guide is None
+        if of_all_rows:
+            check_predictive(predictive, args, kwargs)
+        with Samples(of_all_rows):
+            return run(predictive, rng_key, *args, **kwargs)
 
     return predict
 

@@ -13,7 +13,14 @@ import numpyro
 from . import internals
 from .internals import CondIndepStackFrame, Handler
 from .model_call import ModelCall
-from .plates import PlateRows, as_rows, check_size, read_plates, take_pinned_rows
+from .plates import (
+    PlateRows,
+    RowsError,
+    as_rows,
+    check_size,
+    read_plates,
+    take_pinned_rows,
+)
 
 
 class GuideCall(Handler):
@@ -37,6 +44,9 @@ class GuideCall(Handler):
         The records, by the plates' names inside of the guide.
     latents : dict of str to list
         By plate, the latent sites of the guide in it.
+    gathering : set of str
+        The plates in which parameters or ``numpyro.subsample`` of the model hold rows,
+        as far as it was read.
     in_context : bool
         Whether a context stands around, which checks and rewrites the model's plates.
     """
@@ -57,6 +67,7 @@ class GuideCall(Handler):
         self._needs = needs
         self._of_all_rows = False
         self._read_whole = False
+        self.gathering: set[str] = set()
         self._around = internals.handlers_around()
         self.in_context = internals.find(ModelCall) is not None
 
@@ -72,12 +83,15 @@ class GuideCall(Handler):
             return True
         try:
             read = read_plates(model, args, kwargs, self._around, until=until)
-        except (AttributeError, TypeError):
+        except RowsError:
+            raise
+        except Exception:
             if args or kwargs:
                 raise
             self._of_all_rows = True
             return False
         self.plates = read | self.plates
+        self.gathering |= {plate.name for plate in read.values() if plate.gathers}
         self._read_whole = until is None
         return True
 
@@ -175,10 +189,11 @@ class GuideCall(Handler):
 
     def _check_dim(self, frame: CondIndepStackFrame) -> None:
         plate = self.plates.get(frame.name)
-        if plate is not None and plate.dim not in (None, frame.dim):
+        if plate is not None and plate.dims and frame.dim not in plate.dims:
+            dims = " and ".join(map(str, sorted(plate.dims)))
             raise ValueError(
-                f"Plate '{frame.name}' (size {plate.size}) is at dim {plate.dim} in "
-                f"the model and at dim {frame.dim} in the guide. Give the plate one "
+                f"Plate '{frame.name}' (size {plate.size}) is at dim {dims} in the "
+                f"model and at dim {frame.dim} in the guide. Give the plate one "
                 "explicit dim in the model, or build a new guide for the changed model."
             )
 

@@ -98,7 +98,7 @@ def call_guide(
     initialised = isinstance(guide, AutoGuide) and guide.prototype_trace is not None
     needs = internals.frames(guide) if initialised else None
     contexts = [h for h in internals.handlers_around() if isinstance(h, ModelCall)]
-    names = dict(ChainMap(dict(rows or {}), *(dict(own.rows) for own in contexts)))
+    names = dict(ChainMap(dict(rows or {}), *(dict(own._rows) for own in contexts)))
     pins = arguments_for_plates(model, names, args, kwargs)
     pins = {plate: jnp.asarray(own) for plate, own in pins.items()}
 
@@ -107,14 +107,14 @@ def call_guide(
 
     with substitute(data=pins):
         call = GuideCall(model, args, kwargs, needs=needs)
-        if not call.in_context:
-            _refuse_what_a_wrapper_cannot_reach(guide, call)
         with call, served(guide, call, args, kwargs):
             result = run(*args, **kwargs)
             for name in pins:
                 # The model takes the rows of a plate of the guide: there has to be one.
                 plate = call.plate(name)
-                numpyro.plate(name, plate.size, dim=plate.dim)
+                numpyro.plate(name, plate.size, dim=min(plate.dims, default=None))
+        if not call.in_context:
+            _refuse_what_a_wrapper_cannot_reach(guide, call)
         check_drawn_rows(guide, call, rerun)
         check_scales(guide, call)
     return result
@@ -122,6 +122,8 @@ def call_guide(
 
 def _refuse_what_a_wrapper_cannot_reach(guide: Any, call: GuideCall) -> None:
     """Hold a model that the wrapper alone cannot change to rule 3 of ``plates``."""
+    # Plates in which the guide has no site are read only if the first reading has found
+    # something there. The others are known by now.
     done = looked_at(guide)
     if ("gathers", "") not in done:
         try:
@@ -129,12 +131,16 @@ def _refuse_what_a_wrapper_cannot_reach(guide: Any, call: GuideCall) -> None:
         except Exception:
             # An autoguide may be called with what its model cannot run on.
             return
-        done |= {("gathers", p.name) for p in call.plates.values() if p.gathers}
+        done |= {("gathers", name) for name in call.gathering}
         done |= {("gathers", "")} if known else set()
-    for plate in [
-        call.plate(name) for what, name in done if what == "gathers" and name
-    ]:
-        if plate.subsample_size == plate.size and not plate.in_order:
+    for what, name in sorted(done):
+        if what == "gathers" and name:
+            call.plate(name)
+    reordered = [p for p in call.plates.values() if p.is_reordered]
+    if reordered:
+        call.read()
+    for plate in reordered:
+        if plate.name in call.gathering:
             raise ValueError(
                 f"All {plate.size} rows of plate '{plate.name}' are pinned, but not in "
                 "the plate's order. In the model, NumPyro then leaves parameters with "
@@ -235,7 +241,7 @@ def _follow_create_plates(
         plate = call.plate(own.name, own.size)
         if plate.argument is None and plate.pinned_by is None:
             call.plates[own.name] = replace(
-                own, dim=plate.dim, pinned_by=None, rows=None
+                own, dims=plate.dims, pinned_by=None, rows=None
             )
         elif plate.subsample_size != own.subsample_size:
             raise ValueError(
@@ -259,7 +265,7 @@ def _set_up_prototype(
     for plate in plates:
         internals.full_sizes(guide).setdefault(plate.name, plate.size)
     subsampled = {p.name for p in plates if p.subsample_size != p.size}
-    reordered = [p for p in plates if p.name not in subsampled and not p.in_order]
+    reordered = [plate for plate in plates if plate.is_reordered]
     if isinstance(guide, AutoContinuous):
         if reordered and _evaluates_first_data(guide):
             _refuse_reordered(guide, reordered[0])
@@ -328,7 +334,7 @@ def _set_up_at_full_size(
     try:
         with hidden_run(), full_size():
             guide.model(*args, **kwargs)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         plate = call.plate(name)
         raise ValueError(
             f"{type(guide).__name__} is one joint distribution over all rows of plate "
@@ -358,7 +364,10 @@ def _set_up_from_values(guide: AutoGuide, args: tuple, kwargs: dict[str, Any]) -
         value = values[name]
         if not isinstance(guide, AutoDelta):
             value = biject_to(prototype[name]["fn"].support).inv(value)
-        start[name] = jnp.broadcast_to(value, jnp.shape(init_loc))
+        shape = jnp.shape(init_loc)
+        # Values of the first batch stay as NumPyro repeats them.
+        if len(jnp.shape(value)) < len(shape) or jnp.shape(value) == shape:
+            start[name] = jnp.broadcast_to(value, shape)
 
 
 def _init_to_rows_of_value(site: dict[str, Any], values: dict[str, Any]) -> Any:

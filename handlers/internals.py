@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
+from traceback import walk_tb
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -146,7 +147,8 @@ def plate_outside(name: str, size: int, handlers: Iterable[Any]) -> dict[str, An
         they pin, None where they do not.
     """
     msg: dict[str, Any] = {"type": "plate", "name": name, "args": (size, None)}
-    msg |= {"kwargs": {"rng_key": None}, "value": None, "cond_indep_stack": []}
+    msg |= {"fn": plate, "kwargs": {"rng_key": None}, "value": None, "scale": 1.0}
+    msg |= {"cond_indep_stack": []}
     for handler in handlers:
         if isinstance(handler, substitute | replay | scope):
             handler.process_message(msg)
@@ -180,28 +182,24 @@ def replayed() -> replay | None:
     return find(replay)
 
 
-def is_replayed(name: str) -> bool:
-    """Tell whether the value of a site comes from the trace of a guide.
+def giver(msg: dict[str, Any]) -> replay | substitute | condition | None:
+    """Return the handler whose dict or trace gives a site its value, None if none.
 
-    ``Trace_ELBO(multi_sample_guide=True)`` substitutes such values, and with them the
-    rows of their plates.
+    The outermost has the last word. What a function gives is not seen.
     """
-    for handler in handlers_around():
-        if isinstance(handler, replay) and name in handler.trace:
-            return True
-        data = getattr(handler, "data", None) if type(handler) is substitute else None
-        if data is not None and name in data:
-            return any(p.name in data for p in plates_around())
-    return False
-
-
-def is_conditioned(name: str) -> bool:
-    """Tell whether a site is observed because ``condition`` makes it so."""
-    return any(
-        isinstance(handler, condition)
-        and (handler.data is None or name in handler.data)
-        for handler in STACK
-    )
+    name = msg["name"]
+    for handler in STACK:
+        if isinstance(handler, scope) and msg["type"] not in handler.hide_types:
+            name = name.removeprefix(f"{handler.prefix}{handler.divider}")
+        elif isinstance(handler, replay) and name in handler.trace:
+            return handler
+        elif isinstance(handler, substitute | condition):
+            choose = getattr(handler, "condition_fn", None)
+            if handler.data is not None and name in handler.data:
+                return handler
+            if choose is not None and choose({**msg, "name": name}) is not None:
+                return handler
+    return None
 
 
 def gives_params() -> list[Any]:
@@ -212,6 +210,12 @@ def gives_params() -> list[Any]:
 def enumerating() -> bool:
     """Tell whether funsor enumerates sites, as ``TraceEnum_ELBO`` does."""
     return find(enum) is not None
+
+
+def passed_through_svi(traceback: Any) -> bool:
+    """Tell whether an error has come out of the inference of an ``SVI``."""
+    modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(traceback)}
+    return bool(modules & {"numpyro.infer.svi", "numpyro.infer.elbo"})
 
 
 def under_renyi_elbo() -> bool:

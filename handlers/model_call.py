@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpyro.handlers import condition, replay
 
 from . import internals
 from .internals import Handler, Tracer
 from .plates import (
     PlateRows,
+    all_in_order,
     as_rows,
     check_size,
     take_pinned_rows,
@@ -36,10 +38,11 @@ class ModelCall(Handler):
     """
 
     # For some plates, the argument of the model that holds their rows.
-    rows: Mapping[str, str | int] = MappingProxyType({})
+    _rows: Mapping[str, str | int] = MappingProxyType({})
     _unserved: str | None = None
 
     def __enter__(self) -> Any:
+        self._unserved = None
         if internals.find(ModelCall) is None:
             self._changes = ExitStack()
             for change in _changes_of_numpyro():
@@ -48,7 +51,8 @@ class ModelCall(Handler):
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
-        if isinstance(exc_value, TypeError | ValueError) and self._unserved is not None:
+        unserved = isinstance(exc_value, TypeError | ValueError) and self._unserved
+        if unserved and internals.passed_through_svi(traceback):
             exc_value.add_note(
                 f"Plate {self._unserved} was made outside of an autoguide. If it "
                 "belongs to a guide of your own, dynamic_subsample() does not know its "
@@ -84,20 +88,48 @@ class ModelCall(Handler):
         msg["value"] = plate.rows
 
     def _take_rows(self, msg: dict[str, Any]) -> None:
-        if msg["is_observed"]:
-            of_all_rows = internals.is_conditioned(msg["name"])
-        else:
-            of_all_rows = not internals.is_replayed(msg["name"])
-        if of_all_rows and internals.find(ValuesOfBatch) is None:
-            msg["value"] = take_rows_of_plates(msg["value"], msg)
+        giver = internals.giver(msg)
+        samples = internals.find(Samples)
+        if isinstance(giver, condition):
+            _refuse_ambiguous(msg)
+        elif giver is None:
+            # Other functions give values of the batch, such as those of MCMC.
+            if msg["is_observed"] or samples is None or not samples.of_all_rows:
+                return
+        elif isinstance(giver, replay) or (samples and not samples.of_all_rows):
+            return
+        elif any(
+            plate.name in (giver.data or {}) and plate.subsample_size == plate.size
+            for plate in internals.plates_around()
+        ):
+            # With rows go values of these rows, as `multi_sample_guide` gives them.
+            return
+        msg["value"] = take_rows_of_plates(msg["value"], msg)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate" and not internals.is_default(msg["value"]):
             msg["value"] = as_rows(msg["name"], msg["args"][0], msg["value"])
 
 
-class ValuesOfBatch(Handler):
-    """Says that the samples that a model is given are of the batch, not of all rows."""
+class Samples(Handler):
+    """Says whether samples that a model is given are of all rows, or of the batch."""
+
+    def __init__(self, of_all_rows: bool) -> None:
+        super().__init__()
+        self.of_all_rows = of_all_rows
+
+
+def _refuse_ambiguous(msg: dict[str, Any]) -> None:
+    for plate in internals.plates_around():
+        rows = internals.rows_of(plate)
+        if plate.subsample_size == plate.size and not all_in_order(rows, plate.size):
+            raise ValueError(
+                f"All {plate.size} rows of plate '{plate.name}' are pinned, but not in "
+                f"the plate's order, and `condition` gives the values of site "
+                f"'{msg['name']}' there. They may be of all rows in that order, or of "
+                "the batch. Give data to the site itself, obs=..., and latents of all "
+                "rows to `substitute`."
+            )
 
 
 def _changes_of_numpyro() -> list[Any]:

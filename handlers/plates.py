@@ -46,6 +46,10 @@ from . import internals
 from .internals import Handler, Tracer
 
 
+class RowsError(ValueError):
+    """Rows, or a number of them, that a plate cannot give."""
+
+
 @dataclass(frozen=True)
 class PlateRows:
     """The rows that a plate takes in one call.
@@ -65,8 +69,8 @@ class PlateRows:
         whole call; None where the plate takes all rows or draws.
     drawn : bool
         Whether the plate has drawn the rows.
-    dim : int or None
-        The batch dimension of the plate in the model, counted from the right; None
+    dims : frozenset of int
+        The batch dimensions of the plate in the model, counted from the right; empty
         if the model was not read.
     gathers : bool
         Whether parameters with ``event_dim`` or ``numpyro.subsample`` stand in the
@@ -79,7 +83,7 @@ class PlateRows:
     rows: jax.Array | None = None
     pinned_by: str | None = None
     drawn: bool = False
-    dim: int | None = None
+    dims: frozenset[int] = frozenset()
     gathers: bool = False
 
     @property
@@ -100,6 +104,11 @@ class PlateRows:
         if self.rows is None:
             return self.takes_all
         return all_in_order(self.rows, self.size)
+
+    @property
+    def is_reordered(self) -> bool:
+        """Whether as many rows are pinned as the plate has, and not in its order."""
+        return self.subsample_size == self.size and not self.in_order
 
 
 def all_in_order(rows: jax.Array, size: int) -> bool:
@@ -165,7 +174,7 @@ def check_rows(name: str, size: int, rows: Any) -> None:
         # On NumPy's side, as JAX traces what is computed from a known array, too.
         rows = np.asarray(rows)
     if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
-        raise ValueError(
+        raise RowsError(
             f"The rows pinned for plate '{name}' (size {size}) must be a vector of "
             f"integers, but have shape {rows.shape} and type {rows.dtype}."
         )
@@ -174,10 +183,10 @@ def check_rows(name: str, size: int, rows: Any) -> None:
         return
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= size:
-        raise ValueError(
+        raise RowsError(
             f"The rows pinned for plate '{name}' (size {size}) run from {low} to "
-            f"{high}, outside 0 to {size - 1}. JAX would clamp them to other rows; "
-            "pin indices into the whole plate."
+            f"{high}, outside 0 to {size - 1}. JAX would clamp them to other rows, or "
+            "count them from the end; pin indices into the whole plate."
         )
 
 
@@ -192,7 +201,7 @@ def check_subsample_size(name: str, size: int, subsample_size: int) -> None:
             "Make size the number of rows of the whole data set and subsample_size "
             "that of the batch, padding included."
         )
-    raise ValueError(
+    raise RowsError(
         f"The model asks plate '{name}' (size {size}) for a subsample of "
         f"{subsample_size} rows; it must be between 1 and {size}. {remedy}"
     )
@@ -237,8 +246,8 @@ def arguments_for_plates(
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     found = {}
     for plate, name in names.items():
-        if name in range(len(parameters)):
-            name = list(parameters)[name]
+        if isinstance(name, int):
+            name = dict(enumerate(parameters)).get(name, str(name))
         if name not in parameters and not open_ended:
             raise ValueError(
                 f"The rows of plate '{plate}' are said to be in the argument {name!r}, "
@@ -406,6 +415,7 @@ def read_plates(
     """
     plates: dict[str, PlateRows] = {}
     final_names: dict[str, str] = {}  # handlers in the model may change them
+    dims: dict[str, set[int]] = {}
 
     # Without their parameters, networks would be initialised at every reading.
     with hidden_run(around, params=True) as outside, _GatherWatcher() as gathering:
@@ -423,6 +433,7 @@ def read_plates(
             with _PlateWatcher() as watcher:
                 dim, rows = subsample(name, size, subsample_size, dim)
             name = final_names[name] = watcher.message["name"]
+            dims.setdefault(name, set()).add(dim)
             pinned = not internals.is_default(rows)
             by_handler = pinned and name in outside.pinned
             # Rows are in order by default; then they stand for those yet to be drawn.
@@ -433,7 +444,7 @@ def read_plates(
                 argument=size if forced and subsample_size else subsample_size,
                 rows=rows if pinned else None,
                 pinned_by=("handler" if by_handler else "model") if pinned else None,
-                dim=dim,
+                dims=frozenset(dims[name]),
             )
             if until is not None and plates.keys() >= set(until):
                 raise _EnoughPlates
@@ -462,7 +473,18 @@ class _AllRows(Handler):
 
 
 class _WholeData(Handler):
-    """Refuses observed sites whose data do not cover the plates they are in."""
+    """Refuses observed sites whose data do not cover the plates they are in.
+
+    Parameters
+    ----------
+    subsampled : set of str
+        The plates that the model subsamples, to be added to. In others, data may be
+        one for all rows.
+    """
+
+    def __init__(self, subsampled: set[str]) -> None:
+        super().__init__()
+        self._subsampled = subsampled
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] != "sample" or not msg["is_observed"]:
@@ -471,7 +493,7 @@ class _WholeData(Handler):
         shape = shape[: len(shape) - msg["fn"].event_dim]
         for frame in msg["cond_indep_stack"]:
             rows = shape[frame.dim] if len(shape) >= -frame.dim else frame.size
-            if rows != frame.size:
+            if rows != frame.size and (rows != 1 or frame.name in self._subsampled):
                 raise ValueError(
                     f"site '{msg['name']}' has data for {rows} rows of plate "
                     f"'{frame.name}' (size {frame.size})"
@@ -496,8 +518,11 @@ def full_size() -> Generator[None]:
         subsample_size: int | None,
         dim: int | None,
     ) -> tuple[int, jax.Array]:
+        if subsample_size is not None and subsample_size != size:
+            subsampled.add(name)
         with _AllRows():
             return subsample(name, size, None, dim)
 
-    with internals.plates_made_by(all_rows), _WholeData():
+    subsampled: set[str] = set()
+    with internals.plates_made_by(all_rows), _WholeData(subsampled):
         yield

@@ -17,7 +17,7 @@ from . import internals
 from .alignment import warn
 from .guide_call import GuideCall
 from .guides import Serving, is_served, served
-from .model_call import ModelCall
+from .model_call import ModelCall, Samples
 from .plates import full_size
 
 POSTERIOR_METHODS = (
@@ -54,7 +54,8 @@ def call_posterior_method(
     Any
         What the method returns.
     """
-    if guide.prototype_trace is None or is_served(guide):
+    no_latents = not internals.initial_values(guide)
+    if guide.prototype_trace is None or is_served(guide) or no_latents:
         return run(*args, **kwargs)
     model_args, model_kwargs = (), {}
     of_params = 0
@@ -101,9 +102,7 @@ def _of_first_call(guide: AutoGuide, run: Callable, args: tuple, kwargs: dict) -
         try:
             with full_size():
                 return run(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            if not names:
-                raise
+        except Exception as error:
             why = str(error)
     latents = _latents(guide, run, args, kwargs)
     if not isinstance(latents, dict):
@@ -178,7 +177,7 @@ def _of_arguments(
         return_sites=names,
         batch_ndims=_batch_ndims(guide, latents),
     )
-    with ModelCall():
+    with ModelCall(), Samples(of_all_rows=True):
         return predictive(jax.random.key(0), *args, **kwargs)
 
 
@@ -206,7 +205,7 @@ def _independent_of_rows(
             name: biject_to(prototype[name]["fn"].support).inv(value)
             for name, value in latents.items()
         }
-        with ModelCall():
+        with ModelCall(), Samples(of_all_rows=True):
             sites = internals.sites_of_first_call(guide, unconstrained)
         return {name: sites[name] for name in names}
 

@@ -30,6 +30,7 @@ from numpyro.infer.autoguide import (
 from numpyro_dynamic_subsample import (
     MisalignedSubsampleWarning,
     SubsampleSVI,
+    UnscaledSubsampleWarning,
     alignment,
     dynamic_subsample,
 )
@@ -336,6 +337,46 @@ def test_predictive():
     assert is_right(
         gap(dynamic_subsample(AutoDelta(indexing)), jnp.array([7, 1, 0, 2]))
     )
+
+
+def with_parameters(x, rows):
+    with pinned_plate(x, rows):
+        loc = numpyro.param("loc", TRUTH, event_dim=0)
+        numpyro.sample("y", dist.Normal(loc, 1), obs=x)
+
+
+def test_parameters():
+    rows = jnp.arange(N)[::-1]
+    key, exact = jax.random.key(0), N * 0.5 * np.log(2 * np.pi)
+
+    def loss(guide=lambda x, rows: None):
+        args = (key, {}, with_parameters, guide, TRUTH[rows], rows)
+        return float(Trace_ELBO().loss(*args))
+
+    assert abs(loss() - exact) > 10
+    with dynamic_subsample():
+        assert loss() == pytest.approx(exact)
+    wrapped = dynamic_subsample(lambda x, rows: None, model=with_parameters)
+    with pytest.raises(ValueError, match="All 8 rows of plate 'n' are pinned"):
+        loss(wrapped)
+
+
+def test_members():
+    """Of each of the groups in a batch, the sum of the squared errors counts once."""
+
+    def members(x, rows):
+        with pinned_plate(x, rows):
+            z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.sample("y", dist.Normal(z, 1).to_event(1), obs=x)
+
+    with pytest.warns(UnscaledSubsampleWarning, match="'y' depends on latents of plat"):
+        init(svi_of(members, dynamic_subsample(AutoDelta(members))))
+
+
+def test_range():
+    svi = svi_of(sliced, AutoDelta(sliced), svi_class=SubsampleSVI)
+    with pytest.raises(ValueError, match="run from 0 to 8, outside 0 to 7"):
+        init(svi, indices={"n": np.array([0, 8, 1, 2])})
 
 
 def test_every_way_is_measured():

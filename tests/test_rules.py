@@ -286,6 +286,11 @@ def test_predictive_pairs_rows_with_their_own(given, nested, kind):
             predictive = Predictive(doubling, guide=guide_by_hand, num_samples=2)
         else:
             predictive = Predictive(conditioned, num_samples=2)
+        if given == "condition" and kind in ("shuffled", "with replacement"):
+            message = "All 6 rows of plate 'n' .* `condition` gives .* site 'z'"
+            with pytest.raises(ValueError, match=message):
+                predictive(jax.random.key(0), x, rows)
+            return
         found = predictive(jax.random.key(0), x, rows)
     shift = np.array([0.0, 1.0 if given == "samples" else 0.0])[:, None]
     expected = (LOC - X)[np.asarray(rows)] + shift
