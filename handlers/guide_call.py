@@ -66,6 +66,7 @@ class GuideCall(Handler):
         self.latents: dict[str, list[str]] = {}
         self._needs = needs
         self._of_all_rows = False
+        self._made: set[str] = set()
         self._read_whole = False
         self.gathering: set[str] = set()
         self._around = internals.handlers_around()
@@ -143,8 +144,10 @@ class GuideCall(Handler):
                 )
             plate = replace(plate, rows=as_rows(name, size, pinned), pinned_by="guide")
         # A plate gets a key from `seed` if it has no rows yet. Those that a handler
-        # outside pins come later, so with them the plate gets its key, as NumPyro's do.
-        if plate.rows is not None and plate.pinned_by != "handler":
+        # outside pins come later, so with them the plate gets its key, as NumPyro's do;
+        # but once in a call, as if all parts of a guide shared plates made by hand.
+        later = plate.pinned_by == "handler" and name not in self._made
+        if plate.rows is not None and not later:
             msg["value"] = plate.rows
         elif plate.takes_all:
             in_order = msg["value"] if own == size else jnp.arange(size)
@@ -217,6 +220,7 @@ class GuideCall(Handler):
             # NumPyro warns of it once, at the model's own plate.
             msg["args"] = (size, rows.shape[0])
             self.plates[msg["inside"]] = replace(plate, name=msg["name"], rows=rows)
+            self._made.add(msg["inside"])
         elif not self.in_context:
             for plate in internals.plates_around(self):
                 take_pinned_rows(plate, msg)

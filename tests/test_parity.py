@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -11,8 +12,9 @@ import optax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpyro.handlers import block, substitute
 from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from numpyro.infer.autoguide import AutoDelta, AutoNormal
+from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 
 from models import CASES, N, X
 from numpyro_dynamic_subsample import dynamic_subsample
@@ -186,3 +188,37 @@ def test_jax_settings(setting):
         pair.update(states, 3)
     finally:
         jax.config.update(setting, False)
+
+
+def test_parts_of_a_list_as_if_they_shared_plates_made_once():
+    """Made again for each part, plates by hand would draw other rows or keys."""
+
+    def model(x):
+        with numpyro.plate("n", N, subsample_size=len(x)):
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            w = numpyro.sample("w", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z + w, 1), obs=x)
+
+    made = []
+
+    def once(x):
+        made[:] = [numpyro.plate("n", N, subsample_size=len(x))]
+        return made
+
+    def states(served):
+        guide = AutoGuideList(model, create_plates=None if served else once)
+        for name, hide in (("z", ["w", "y"]), ("w", ["z", "y"])):
+            plates = None if served else lambda x: made
+            part = block(model, hide=hide)
+            guide.append(AutoNormal(part, prefix=name, create_plates=plates))
+        svi = SVI(model, guide, optax.sgd(1e-2), Trace_ELBO())
+        state = svi.init(jax.random.key(0), X)
+        step = jax.jit(svi.update)
+        for rows in ([5, 0, 3], [7, 1]):
+            with substitute(data={"n": jnp.array(rows)}):
+                state, _ = step(state, X[jnp.array(rows)])
+        return state
+
+    theirs = states(False)
+    with dynamic_subsample():
+        assert_equal(states(True), theirs)
