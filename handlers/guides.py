@@ -156,7 +156,7 @@ def served(
                 yield
             return
         call.read()
-        with _undone_on_error(guide):
+        with undone_on_error(guide):
             _set_up_prototype(guide, call, args, kwargs)
             with _family(guide, call, args, kwargs):
                 yield
@@ -187,17 +187,17 @@ def _parts_served(guide: AutoGuide) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _undone_on_error(guide: AutoGuide) -> Generator[None]:
-    """Take back a prototype that is not complete, which NumPyro would go on with."""
+def undone_on_error(owner: Any) -> Generator[None]:
+    """Take back what an error leaves half made, such as a guide's prototype."""
     before = {
         name: dict(value) if isinstance(value, dict) else value
-        for name, value in vars(guide).items()
+        for name, value in vars(owner).items()
     }
     try:
         yield
     except BaseException:
-        vars(guide).clear()
-        vars(guide).update(before)
+        vars(owner).clear()
+        vars(owner).update(before)
         raise
 
 
@@ -249,7 +249,7 @@ def _set_up_prototype(
     subsampled = {p.name for p in plates if p.subsample_size != p.size}
     reordered = [p for p in plates if p.name not in subsampled and not p.in_order]
     if isinstance(guide, AutoContinuous):
-        if reordered and _evaluates_first_data(guide):
+        if reordered and evaluates_first_data(guide):
             _refuse_reordered(guide, reordered[0])
         # AutoDAIS evaluates the likelihood of the whole data; the others only need
         # one latent for every row.
@@ -279,7 +279,8 @@ def _needs_whole_likelihood(guide: AutoGuide) -> bool:
     )
 
 
-def _evaluates_first_data(guide: AutoGuide) -> bool:
+def evaluates_first_data(guide: AutoGuide) -> bool:
+    """Tell whether a guide goes on to evaluate the model on its first data."""
     return _needs_whole_likelihood(guide) or isinstance(guide, AutoLaplaceApproximation)
 
 

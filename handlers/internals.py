@@ -232,6 +232,25 @@ def under_predictive() -> bool:
     return any(isinstance(h, mask) and h.mask is False for h in STACK)
 
 
+# ------------------------------------------------------------------ guides
+
+
+def full_sizes(guide: AutoGuide) -> dict[str, int]:
+    """Return the full size of each plate that a guide met in its first call."""
+    return guide._prototype_frame_full_sizes
+
+
+def initial_values(guide: AutoGuide) -> dict[str, jax.Array]:
+    """Return the initial values of a guide's latents, those of all rows."""
+    return guide._init_locs
+
+
+def forget_first_call(guide: AutoGuide) -> None:
+    """Let the next call of a guide be its first one."""
+    guide.prototype_trace = None
+    guide._prototype_frame_full_sizes = {}
+
+
 # ------------------------------------------------------------------ changes, undone
 
 

@@ -51,10 +51,8 @@ def axes_of_leaves(
     Raises
     ------
     ValueError
-        If a leaf depends on the number of rows in another way, or if the optimizer
-        adds up gradients over several steps.
+        If a leaf depends on the number of rows in another way.
     """
-    _refuse_accumulation(optim_state)
     params = jax.eval_shape(optim.get_params, optim_state)
 
     def leaves_given(rows: Mapping[str, int]) -> list[Any]:
@@ -101,8 +99,10 @@ def check_rows_are_apart(
     Raises
     ------
     ValueError
-        If one row's parameters or gradient make a difference to others.
+        If one row's parameters or gradient make a difference to others, or if the
+        optimizer adds up gradients over several steps.
     """
+    _refuse_accumulation(optim_state)
     params = jax.eval_shape(optim.get_params, optim_state)
     more = {plate: count + 1 for plate, count in counts.items()}
     params = _with_rows(params, row_axes, more)

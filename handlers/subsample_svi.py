@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from .alignment import MisalignedSubsampleWarning, ScoreFunctionWatcher
 from .dynamic_subsample import dynamic_subsample
 from .fit import fit as fit_batches
+from .grow import grown
 from .minibatch import Minibatch
 from .model_call import pinned_in_model
 from .padding import check_names, valid_rows
@@ -226,6 +227,69 @@ class SubsampleSVI(SVI):
         return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
 
     fit = fit_batches
+
+    def grow(
+        self,
+        svi_state: SVIState,
+        *args: Any,
+        indices: Mapping[str, ArrayLike] | None = None,
+        valid: Mapping[str, ArrayLike] | None = None,
+        **kwargs: Any,
+    ) -> SVIState:
+        """Go on with plates that have become larger, since data came in.
+
+        The new rows of a plate are its last ones. They start where ``init`` would
+        start them, with a key that is made from the state's. All other parameters,
+        constraints and the optimizer's state stay as they are, bit for bit, and so do
+        the mutable state and the random key. Plates that have not grown lose nothing,
+        and if none has, the state is returned as it is. Compiled steps compile again.
+
+        A plate cannot lose rows. A row that is in no batch any more costs row-wise
+        steps nothing.
+
+        Parameters
+        ----------
+        svi_state : SVIState
+            The state so far.
+        *args, indices, valid, **kwargs
+            A batch, with which the model has its new sizes. It need not hold any of
+            the new rows.
+
+        Returns
+        -------
+        SVIState
+            The state with all rows. The guide has its new sizes, too, and initial
+            values of all rows.
+
+        Raises
+        ------
+        ValueError
+            If a plate has become smaller; if a part of the guide is one joint
+            distribution over the rows of a plate that has grown, or evaluates the data
+            of its first call, as ``AutoDAIS`` and ``AutoLaplaceApproximation`` do; if
+            model or guide have other parameters than before, or one whose new shape
+            added rows do not explain, because it is not read in its plate with
+            ``event_dim``; if the optimizer's state does not go by rows. Guide, state
+            and this object are then as they were.
+
+        Notes
+        -----
+        If the guide's ``init_loc_fn`` is ``init_to_value`` with values of the old rows
+        only, new rows start as those of a latent without a value. To give them values,
+        set ``svi.guide.init_loc_fn`` before.
+
+        The new rows have no moments yet, while the optimizer's count of steps goes on:
+        the first steps of Adam are up to three times as long for them.
+
+        A guide of your own must take the size of its plates from its arguments.
+
+        Examples
+        --------
+        >>> state = svi.grow(state, X[rows], indices={"n": rows})
+        """
+        args, kwargs, indices, valid = _unpacked(args, kwargs, indices, valid)
+        with self._batch(indices, valid):
+            return grown(self, svi_state, args, kwargs)
 
     def evaluate(
         self,
