@@ -76,7 +76,7 @@ def semi_dais(model):
     return AutoSemiDAIS(model, model, subsample_plate="n")
 
 
-def fitted(svi, rows, size=OLD, steps=3):
+def fitted(svi, rows, size=OLD, steps=1):
     state = svi.init(jax.random.key(0), data(size)[rows], size, indices={"n": rows})
     for _ in range(steps):
         state, _ = svi.update(state, data(size)[rows], size, indices={"n": rows})
@@ -97,17 +97,18 @@ def assert_same(tree, other):
         assert leaf.dtype == own.dtype
 
 
+# Also where the parameters of new rows start, as far as that is not random.
 GUIDES = {
-    "AutoNormal": (AutoNormal, local),
-    "AutoDelta": (AutoDelta, local),
-    "list": (guide_list, local),
-    "AutoSemiDAIS": (semi_dais, simple),
-    "by hand": (by_hand, local),
+    "AutoNormal": (AutoNormal, local, {"z_auto_scale": 0.1, "p_auto_scale": 0.1}),
+    "AutoDelta": (AutoDelta, local, {}),
+    "list": (guide_list, local, {"z_auto_scale": 0.1}),
+    "AutoSemiDAIS": (semi_dais, simple, {"auto_z_0_loc": 0.0, "auto_gamma": 0.9}),
+    "by hand": (by_hand, local, {"loc": np.arange(OLD + 1, NEW + 1), "p_loc": 1 / 3}),
 }
 OPTIM = {
     "adam": optax.adam(0.1),
     "chain": optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.9)),
-    "accumulating": optax.MultiSteps(optax.adam(0.1), 2),
+    "accumulating": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
     "numpyro": numpyro.optim.Adam(0.1),
 }
 
@@ -126,7 +127,7 @@ OPTIM = {
 )
 def test_old_rows_stay_and_new_rows_are_fresh(guide, optim, batch):
     batch = jnp.array(batch)
-    make, model = GUIDES[guide]
+    make, model, starts = GUIDES[guide]
     svi = SubsampleSVI(model, make(model), OPTIM[optim], Trace_ELBO())
     state = fitted(svi, jnp.array([4, 0, 5]))
     params = svi.get_params(state)
@@ -142,17 +143,8 @@ def test_old_rows_stay_and_new_rows_are_fresh(guide, optim, batch):
     of_rows = {name for name in params if jnp.shape(params[name])[:1] == (OLD,)}
     assert of_rows
     assert {name for name in lengths if lengths[name] == (NEW,)} == of_rows
-    fresh_svi = SubsampleSVI(model, make(model), OPTIM[optim], Trace_ELBO())
-    fresh = fresh_svi.init(
-        jax.random.key(9), data(NEW)[batch], NEW, indices={"n": batch}
-    )
-    start = fresh_svi.get_params(fresh)
-    for name in of_rows:
-        # The same start wherever it is not random.
-        if not name.endswith("_auto_loc") or "dais" in guide.lower():
-            np.testing.assert_array_equal(new_params[name][OLD:], start[name][OLD:])
-        else:
-            assert jnp.isfinite(new_params[name]).all()
+    for name, start in starts.items():
+        np.testing.assert_allclose(new_params[name][OLD:], start, rtol=1e-6)
 
     # The fit goes on, and touches the rows of its batch only.
     rows = jnp.array([8, 2])
@@ -284,15 +276,15 @@ def test_grown_fit_ends_at_the_exact_posterior(rowwise):
     """y ~ Normal(z, 1) with z ~ Normal(0, 1) has the posterior Normal(y/2, 1/2)."""
     guide = AutoNormal(simple)
     loss = Trace_ELBO(num_particles=20)
-    optim = optax.adam(optax.exponential_decay(0.1, 300, 0.1))
+    optim = optax.adam(optax.piecewise_constant_schedule(0.05, {1000: 0.1}))
     svi = SubsampleSVI(simple, guide, optim, loss, rowwise=rowwise)
     update = jax.jit(svi.update, static_argnums=2)
     rng = np.random.default_rng(0)
     state = svi.init(jax.random.key(0), data(4), OLD, indices={"n": jnp.arange(4)})
-    for size in [OLD, NEW]:
+    for size, steps in [(OLD, 300), (NEW, 1200)]:
         if size == NEW:
             state = svi.grow(state, data(NEW)[5:], NEW, indices={"n": jnp.arange(5, 9)})
-        for _ in range(400):
+        for _ in range(steps):
             rows = rng.choice(size, 4, replace=False)
             state, _ = update(state, data(size)[rows], size, indices={"n": rows})
     params = svi.get_params(state)
