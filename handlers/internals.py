@@ -245,6 +245,11 @@ def initial_values(guide: AutoGuide) -> dict[str, jax.Array]:
     return guide._init_locs
 
 
+def event_dims(guide: AutoGuide) -> dict[str, int]:
+    """Return how many dims of a mean-field guide's parameters are no plate's."""
+    return guide._event_dims
+
+
 def forget_first_call(guide: AutoGuide) -> None:
     """Let the next call of a guide be its first one."""
     guide.prototype_trace = None
