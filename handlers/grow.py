@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,15 +14,13 @@ from numpyro.infer.autoguide import (
     AutoContinuous,
     AutoDelta,
     AutoGuide,
-    AutoGuideList,
     AutoNormal,
-    AutoSemiDAIS,
 )
 from numpyro.infer.initialization import init_to_value
 from numpyro.infer.svi import SVIState
 
 from . import internals
-from .guides import evaluates_first_data, joint_over, undone_on_error
+from .guides import autoguides_in, evaluates_first_data, joint_over, undone_on_error
 from .optimizers import axes_of_leaves
 from .plates import check_size, read_plates
 from .rowwise import RowParams
@@ -40,7 +38,7 @@ def grown(svi: SVI, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> SVI
     with ExitStack() as stack:
         stack.enter_context(undone_on_error(svi))
         before = {}
-        for part in list(_autoguides(svi.guide)):
+        for part in list(autoguides_in(svi.guide)):
             if not _has_grown(part, sizes):
                 continue
             stack.enter_context(undone_on_error(part))
@@ -59,19 +57,6 @@ def grown(svi: SVI, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> SVI
             initial = internals.initial_values(part)
             initial |= {name: _over(initial[name], old) for name, old in values.items()}
     return state._replace(optim_state=optim_state)
-
-
-def _autoguides(guide: Any) -> Iterator[AutoGuide]:
-    """Yield the autoguides that a guide consists of, looking through handlers."""
-    if not issubclass(type(guide), AutoGuide):
-        guide = getattr(guide, "fn", None) or getattr(guide, "func", None)
-        if guide is not None:
-            yield from _autoguides(guide)
-        return
-    yield guide
-    parts = guide if isinstance(guide, AutoGuideList) else []
-    for part in [guide.global_guide] if isinstance(guide, AutoSemiDAIS) else parts:
-        yield from _autoguides(part)
 
 
 def _has_grown(guide: AutoGuide, sizes: Mapping[str, int]) -> bool:

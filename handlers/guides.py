@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -47,6 +47,19 @@ def model_of(guide: Any) -> Callable | None:
             return model
         guide = getattr(guide, "fn", None) or getattr(guide, "func", None)
     return None
+
+
+def autoguides_in(guide: Any) -> Iterator[AutoGuide]:
+    """Yield the autoguides that a guide consists of, looking through handlers."""
+    if not issubclass(type(guide), AutoGuide):
+        guide = getattr(guide, "fn", None) or getattr(guide, "func", None)
+        if guide is not None:
+            yield from autoguides_in(guide)
+        return
+    yield guide
+    parts = guide if isinstance(guide, AutoGuideList) else []
+    for part in [guide.global_guide] if isinstance(guide, AutoSemiDAIS) else parts:
+        yield from autoguides_in(part)
 
 
 def joint_over(guide: Any, plate: str) -> AutoContinuous | None:

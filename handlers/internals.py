@@ -245,7 +245,7 @@ def initial_values(guide: AutoGuide) -> dict[str, jax.Array]:
     return guide._init_locs
 
 
-def event_dims(guide: AutoGuide) -> dict[str, int]:
+def event_dims(guide: Any) -> dict[str, int]:
     """Return how many dims of a mean-field guide's parameters are no plate's."""
     return guide._event_dims
 
