@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +257,7 @@ class _Program:
 
         with (
             trace() as latents,
-            keys(),
+            keys(of_guide),
             substitute(data=given),
             seed(rng_seed=of_guide),
         ):
@@ -273,7 +274,7 @@ class _Program:
         def run_model(**rows: jax.Array) -> dict[str, Any]:
             with (
                 trace() as sites,
-                keys(model=True),
+                keys(of_model, model=True),
                 substitute(data=given),
                 seed(rng_seed=of_model),
                 anew,
@@ -348,26 +349,36 @@ class _Program:
 class _KeysOfBatch(Handler):
     """Lets each batch draw its own rows, with what is outside of them in common.
 
-    Besides, it notes the plates.
+    A site's key is made from its name: a plate takes a key or not, depending on the
+    batch, and would move those of the sites after it. Besides, it notes the plates.
     """
 
-    def __init__(self, program: _Program, number: Any, *, model: bool = False) -> None:
+    def __init__(
+        self, program: _Program, number: Any, key: jax.Array, *, model: bool = False
+    ) -> None:
         super().__init__()
         self._program = program
         self._number = number
+        self._key = key
         self._model = model
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate" and msg["value"] is None:
             msg["fn"] = partial(_refuse_to_draw, msg["name"])
             return
+        if msg["type"] not in ("sample", "control_flow"):
+            return
+        if msg["kwargs"].get("rng_key") is None:
+            return
         if msg["type"] == "sample":
+            key = jax.random.fold_in(self._key, crc32(msg["name"].encode()))
+            msg["kwargs"]["rng_key"] = key
             names = {frame.name for frame in msg["cond_indep_stack"]}
             observed = self._model and msg["infer"].get("was_observed", False)
             own = names if observed else names & self._program.of_batch
         else:
-            own = self._model and msg["type"] == "control_flow"
-        if own and msg["kwargs"].get("rng_key") is not None:
+            own = self._model
+        if own:
             key = jax.random.fold_in(msg["kwargs"]["rng_key"], self._number)
             msg["kwargs"]["rng_key"] = key
 
@@ -439,8 +450,9 @@ class _Unseen:
             return
         plates = {}
         for name, count in self._counts.items():
-            rows = jnp.arange(count) % self._sizes[name]
-            plates[name] = PlateRows(name, self._sizes[name], count, rows, "model")
+            size = self._sizes[name]
+            rows = jnp.arange(min(count, size))
+            plates[name] = PlateRows(name, size, len(rows), rows, "model")
         with GuideCall(self._model, args, kwargs, plates=plates):
             self._svi.guide(*args, **kwargs)
 
