@@ -253,25 +253,24 @@ class _Program:
     ) -> dict[str, jax.Array]:
         of_guide, of_model = jax.random.split(key)
         unseen = _Unseen(self._svi, self._question.unseen, args, kwargs)
-        keys = partial(_KeysOfBatch, self, number)
-
-        with (
-            trace() as latents,
-            keys(of_guide),
-            substitute(data=given),
-            seed(rng_seed=of_guide),
-        ):
-            unseen.run_guide()
-        self.of_guide |= {
-            frame.name
-            for site in latents.values()
-            if site["type"] == "sample"
-            for frame in site["cond_indep_stack"]
-        }
-        latents = unseen.forgotten(latents)
         anew = uncondition() if not self._question.log_likelihood else Handler()
 
-        def run_model(**rows: jax.Array) -> dict[str, Any]:
+        def answer(rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            keys = partial(_KeysOfBatch, self, number, rows)
+            with (
+                trace() as latents,
+                keys(of_guide),
+                substitute(data=given),
+                seed(rng_seed=of_guide),
+            ):
+                unseen.run_guide()
+            self.of_guide |= {
+                frame.name
+                for site in latents.values()
+                if site["type"] == "sample"
+                for frame in site["cond_indep_stack"]
+            }
+            latents = unseen.forgotten(latents)
             with (
                 trace() as sites,
                 keys(of_model, model=True),
@@ -281,13 +280,33 @@ class _Program:
                 replay(trace=latents),
             ):
                 unseen.run_model(rows)
-            return sites
+            if self._question.log_likelihood:
+                return self._log_likelihoods(sites)
+            return self._values(sites, latents)
 
-        sites = run_model()
-        unseen.check_rows_are_not_used(run_model)
-        if self._question.log_likelihood:
-            return self._log_likelihoods(sites)
-        return self._values(sites, latents)
+        rows: dict[str, jax.Array] = {}
+        values = answer(rows)
+        rows |= unseen.any_rows()
+        if rows:
+            self._check_independent(
+                internals.eval_provenance(lambda **rows: answer(rows), **rows)
+            )
+        return values
+
+    def _check_independent(self, made_from: dict[str, frozenset[str]]) -> None:
+        """Refuse sites that depend on which rows it are that nobody named."""
+        for site, plates in made_from.items():
+            for plate in sorted(plates):
+                if plate in self._question.unseen:
+                    why = "which are none of those that the plate has"
+                    remedy = "Let the model take the data of its rows as an argument."
+                else:
+                    why = "which nobody has named"
+                    remedy = f"Say which they are: indices={{'{plate}': rows}}."
+                raise ValueError(
+                    f"Site '{site}' depends on the rows of plate '{plate}' (size "
+                    f"{self.sizes[plate]}), {why}. {remedy}"
+                )
 
     def _log_likelihoods(self, sites: dict[str, Any]) -> dict[str, jax.Array]:
         answer = {}
@@ -350,13 +369,21 @@ class _KeysOfBatch(Handler):
     """Lets each batch draw its own rows, with what is outside of them in common.
 
     A site's key is made from its name: a plate takes a key or not, depending on the
-    batch, and would move those of the sites after it. Besides, it notes the plates.
+    batch, and would move those of the sites after it. Besides, it notes the plates, and
+    keeps the rows that they would draw: those of an amortised guide do not matter.
     """
 
     def __init__(
-        self, program: _Program, number: Any, key: jax.Array, *, model: bool = False
+        self,
+        program: _Program,
+        number: Any,
+        rows: dict[str, jax.Array],
+        key: jax.Array,
+        *,
+        model: bool = False,
     ) -> None:
         super().__init__()
+        self._rows = rows
         self._program = program
         self._number = number
         self._key = key
@@ -364,7 +391,7 @@ class _KeysOfBatch(Handler):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate" and msg["value"] is None:
-            msg["fn"] = partial(_refuse_to_draw, msg["name"])
+            msg["fn"] = partial(self._any_rows, msg["name"])
             return
         if msg["type"] not in ("sample", "control_flow"):
             return
@@ -382,6 +409,11 @@ class _KeysOfBatch(Handler):
             key = jax.random.fold_in(msg["kwargs"]["rng_key"], self._number)
             msg["kwargs"]["rng_key"] = key
 
+    def _any_rows(
+        self, name: str, size: int, taken: int, rng_key: Any = None
+    ) -> jax.Array:
+        return self._rows.setdefault(name, jnp.arange(taken))
+
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] != "plate":
             return
@@ -390,13 +422,6 @@ class _KeysOfBatch(Handler):
         self._program.taken[name] = taken
         if taken != size:
             self._program.of_batch.add(name)
-
-
-def _refuse_to_draw(name: str, size: int, taken: int, rng_key: Any = None) -> None:
-    raise ValueError(
-        f"Plate '{name}' (size {size}) would draw {taken} rows, other ones in each "
-        f"draw. Say which rows to predict: indices={{'{name}': rows}}."
-    )
 
 
 class _Unseen:
@@ -478,23 +503,6 @@ class _Unseen:
             if stays(name, site)
         )
 
-    def check_rows_are_not_used(self, run_model: Callable) -> None:
-        """Refuse a model that looks up something by the rows of an unseen plate."""
-        if not self._plates:
-            return
-
-        def values(**rows: jax.Array) -> dict[str, Any]:
-            return {
-                name: site["value"]
-                for name, site in run_model(**rows).items()
-                if site["type"] in ("sample", "deterministic")
-            }
-
-        rows = {name: jnp.arange(count) for name, count in self._counts.items()}
-        for site, made_from in internals.eval_provenance(values, **rows).items():
-            for plate in sorted(made_from):
-                raise ValueError(
-                    f"Site '{site}' depends on what the model looks up by the rows of "
-                    f"plate '{plate}', and unseen rows are none of those that it has. "
-                    "Let the model take the data of its rows as an argument."
-                )
+    def any_rows(self) -> dict[str, jax.Array]:
+        """Return rows of the unseen plates, to see whether the model uses them."""
+        return {name: jnp.arange(count) for name, count in self._counts.items()}

@@ -256,13 +256,17 @@ ROWS = {"n": jnp.arange(3)}
 @pytest.mark.parametrize(
     ("model", "ask", "message"),
     [
-        (model, one(), r"'n' \(size 10\) would draw 3 rows"),
+        (model, one(), r"depends on the rows of plate 'n' \(size 10\), which nobody"),
         (model, one(unseen=["m"]), r"unseen names a plate 'm'.*\['n'\]"),
-        (model, one(indices={"m": ROWS["n"]}), r"names a plate 'm'|would draw"),
+        (model, one(indices=ROWS | {"m": ROWS["n"]}), r"names a plate 'm'"),
         (model, one(indices={"n": jnp.array([0, 1, 10])}), r"from 0 to 10"),
         (model, one(indices=ROWS, valid={"n": 4}), r"'n' is 4, .* 1 and 3"),
         (model, one(indices=ROWS, return_sites=["w"]), r"'w'.*\['moved', 'mu'"),
-        (indexing, one(unseen=["n"]), r"'y' depends on .* rows of plate 'n'"),
+        (
+            indexing,
+            one(unseen=["n"]),
+            r"'y' depends on the rows of plate 'n' .* none of those",
+        ),
         (outside, chunked, r"'mean' stands outside of the plates"),
         (observed_only, chunked, r"'y' has the rows of plate 'other'"),
     ],
@@ -271,6 +275,66 @@ def test_errors(model, ask, message):
     svi, state = svi_of(model, AutoNormal(model))
     with pytest.raises(ValueError, match=message):
         ask(svi, state)
+
+
+def test_amortised_guide_needs_no_rows():
+    def guide(x, y=None):
+        numpyro.sample("mu", dist.Delta(0.0))
+        with numpyro.plate("n", N, subsample_size=len(x)):
+            numpyro.sample("z", dist.Normal(numpyro.param("slope", 2.0) * x, 1.0))
+
+    svi = SubsampleSVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    x = jnp.array([0.0, 1.0, 3.0])
+    state = svi.init(jax.random.key(0), x, x)
+    batches = [minibatch(part, rows={"n": None}, capacity=2) for part in (x[:2], x[2:])]
+    draws = svi.predict_batches(
+        jax.random.key(0), state, batches, num_samples=DRAWS, progress_bar=False
+    )
+    assert_moments(draws["y"], 3 * np.asarray(x), np.hypot(1, NOISE))
+
+
+def test_rows_with_their_ratings_and_a_plate_of_globals():
+    """Ratings run along a plate of their own, of another length in each batch."""
+
+    def ratings(row, item, y=None):
+        with numpyro.plate("items", 4):
+            a = numpyro.sample("a", dist.Normal(0, 1))
+        with numpyro.plate("n", N, subsample_size=3):
+            z = numpyro.sample("z", dist.Normal(0, 1))
+        with numpyro.plate("ratings", len(row)):
+            numpyro.sample("y", dist.Normal(z[row] + a[item], 0.001), obs=y)
+
+    svi = SubsampleSVI(ratings, AutoNormal(ratings), optax.sgd(0.1), Trace_ELBO())
+    capacity = {"n": 3, "ratings": 4}
+    batches = [
+        minibatch(
+            np.array(row),
+            np.array(item),
+            rows={"n": np.array(rows)},
+            along={"ratings": (0, 1)},
+            capacity=capacity,
+        )
+        for rows, row, item in [
+            ([0, 5, 2], [0, 1, 2, 2], [3, 1, 0, 2]),
+            ([9, 3], [0, 1, 1], [3, 2, 1]),
+        ]
+    ]
+    state = svi.init(
+        jax.random.key(0), *batches[0].args, jnp.zeros(4), indices=batches[0].indices
+    )
+    draws = svi.predict_batches(
+        jax.random.key(0),
+        state,
+        batches,
+        num_samples=20,
+        return_sites=["a", "z", "y"],
+        progress_bar=False,
+    )
+    shapes = {name: own.shape for name, own in draws.items()}
+    assert shapes == {"a": (20, 4), "z": (20, 5), "y": (20, 7)}
+    row, item = [0, 1, 2, 2, 3, 4, 4], [3, 1, 0, 2, 3, 2, 1]
+    expected = draws["z"][:, row] + draws["a"][:, item]
+    np.testing.assert_allclose(draws["y"], expected, atol=0.01)
 
 
 def test_a_pin_around_counts_each_time(fitted):
