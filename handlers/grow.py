@@ -39,9 +39,9 @@ def grown(svi: SVI, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> SVI
         stack.enter_context(undone_on_error(svi))
         before = {}
         for part in list(autoguides_in(svi.guide)):
+            stack.enter_context(undone_on_error(part))
             if not _has_grown(part, sizes):
                 continue
-            stack.enter_context(undone_on_error(part))
             known = _values_of_all_rows(part, sizes)
             if known is not None:
                 init_loc_fn = init_to_value(values=known)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import Unit
 from numpyro.handlers import replay, seed, substitute, trace, uncondition
+from numpyro.infer.autoguide import AutoSemiDAIS
 from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
@@ -117,6 +118,7 @@ class Question:
         others = {i: leaf for i, leaf in enumerate(leaves) if i not in arrays}
         compiled_for = (
             self,
+            id(svi),  # a copy of it has another guide
             structure,
             tuple(others.items()),
             *((i, jnp.shape(leaf), leaf.dtype) for i, leaf in arrays.items()),
@@ -448,6 +450,13 @@ class _Unseen:
         for guide in autoguides_in(svi.guide):
             sizes = internals.full_sizes(guide)
             self._sizes |= {n: sizes[n] for n in unseen if n in sizes}
+            for name in unseen if isinstance(guide, AutoSemiDAIS) else ():
+                if self._counts[name] > self._sizes[name]:
+                    raise ValueError(
+                        f"AutoSemiDAIS runs its local model on the batch, and cannot "
+                        f"take {self._counts[name]} unseen rows at once for plate "
+                        f"'{name}' (size {self._sizes[name]}). Give smaller batches."
+                    )
 
     def _model(self, *args: Any, **kwargs: Any) -> Any:
         def make(

@@ -26,8 +26,9 @@ class RowParams(Handler):
     Parameters
     ----------
     every_plate : bool
-        Learn of plates that take all rows in order, too, and let a parameter be read
-        outside of its plate as well.
+        Learn of plates that take all rows in order, too. Parameters that are read
+        outside of their plate as well, or whose rows depend on each other, are then
+        no errors; the latter are left out.
 
     Attributes
     ----------
@@ -100,11 +101,12 @@ class RowParams(Handler):
                 continue
             constraint = msg["kwargs"].get("constraint", constraints.real)
             if len(shape) - axis <= constraint.event_dim:
+                if self._every_plate:
+                    continue
                 raise ValueError(
                     f"Parameter '{msg['name']}' is constrained to {constraint} across "
-                    f"the rows of plate '{frame.name}' (size {shape[axis]}), none of "
-                    "which can be updated or added by itself. Leave rowwise and grow "
-                    "out."
+                    f"the rows of plate '{frame.name}' (size {shape[axis]}), which "
+                    "then cannot be updated by themselves. Leave rowwise out."
                 )
             axes[frame.name] = axis
         return axes

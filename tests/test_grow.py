@@ -245,7 +245,7 @@ def across_rows(x, size):
         (AutoLaplaceApproximation(simple), r"one joint distribution"),
         (fixed_size, r"'n' has size 9 in the model.*6 rows"),
         (by_index, r"'loc'.*\(6,\).*\(9,\).*event_dim"),
-        (across_rows, r"'share'.*across the rows of plate 'n'"),
+        (across_rows, r"'share'.*\(5,\).*\(8,\)"),
     ],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
@@ -256,6 +256,7 @@ def test_errors_change_nothing(guide, message):
     with pytest.raises(ValueError, match=message):
         svi.grow(state, data(NEW), NEW)
     assert (dict(vars(guide)), svi.constrain_fn) == before
+    assert_same(svi.grow(state, data(OLD), OLD), state)
     svi.update(state, data(OLD), OLD)
 
 
