@@ -74,7 +74,7 @@ class Question:
     ) -> dict[str, np.ndarray]:
         """Ask it of one batch after another, and put the rows together."""
         given = _params(svi, state_or_params)
-        answers, programs = [], []
+        answers, program = [], None
         for number, item in enumerate(tqdm(batches, disable=not progress_bar)):
             batch = as_minibatch(item)
             answer, program = self._ask(
@@ -88,11 +88,10 @@ class Question:
                 batch.valid,
             )
             answers.append(answer)
-            programs.append(program)
-        if not answers:
+        if program is None:
             raise ValueError("There is no batch to predict.")
         return {
-            name: _joined(name, [answer[name] for answer in answers], programs[0])
+            name: _joined(name, [answer[name] for answer in answers], program)
             for name in answers[0]
         }
 
@@ -160,6 +159,8 @@ def _params(svi: Any, state_or_params: Any) -> dict[str, Any]:
 
 def _joined(name: str, parts: list[np.ndarray], program: _Program) -> np.ndarray:
     """Put together what batches have for one site."""
+    if len(parts) == 1:
+        return parts[0]
     axes = program.axes[name]
     of_batch = sorted(axes.keys() & program.of_batch)
     unknown = sorted(axes.keys() - program.of_batch - program.of_guide)

@@ -291,3 +291,42 @@ def test_grown_fit_ends_at_the_exact_posterior(rowwise):
     params = svi.get_params(state)
     np.testing.assert_allclose(params["z_auto_loc"], data(NEW) / 2, atol=0.06)
     np.testing.assert_allclose(params["z_auto_scale"], np.sqrt(0.5), atol=0.06)
+
+
+def test_new_rows_are_folded_in_with_the_rest_held_fixed():
+    """Given mu, z has the posterior Normal((mu + 4 y) / 5, 1 / 5)."""
+
+    def model(x, size):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.plate("n", size, subsample_size=len(x)):
+            z = numpyro.sample("z", dist.Normal(mu, 1))
+            numpyro.sample("y", dist.Normal(z, 0.5), obs=x)
+
+    def labels(params):
+        return {n: "rows" if n.startswith("z_") else "others" for n in params}
+
+    def svi_of(guide, optim, **options):
+        return SubsampleSVI(model, guide, optim, Trace_ELBO(40), **options)
+
+    svi = svi_of(AutoNormal(model), optax.adam(0.1))
+    new = jnp.arange(OLD, NEW)
+    batch = (data(NEW)[OLD:], NEW)
+    state = fitted(svi, jnp.arange(OLD))
+    state = svi.grow(state, *batch, indices={"n": new})
+    before = svi.get_params(state)
+    schedule = optax.piecewise_constant_schedule(0.1, {300: 0.1})
+    optims = {"rows": optax.adam(schedule), "others": optax.set_to_zero()}
+    optim = optax.multi_transform(optims, labels)
+    fold = svi_of(svi.guide, optim, rowwise=True)
+    state = fold.init(jax.random.key(1), *batch, init_params=before, indices={"n": new})
+    update = jax.jit(fold.update, static_argnums=2)
+    for _ in range(600):
+        state, _ = update(state, *batch, indices={"n": new})
+    params = fold.get_params(state)
+    for name, value in before.items():
+        old = value[:OLD] if value.ndim else value
+        kept = params[name][:OLD] if value.ndim else params[name]
+        np.testing.assert_allclose(kept, old, rtol=1e-5)
+    expected = (before["mu_auto_loc"] + 4 * data(NEW)[OLD:]) / 5
+    np.testing.assert_allclose(params["z_auto_loc"][OLD:], expected, atol=0.05)
+    np.testing.assert_allclose(params["z_auto_scale"][OLD:], 5**-0.5, atol=0.05)

@@ -343,3 +343,24 @@ def test_a_pin_around_counts_each_time(fitted):
         with handlers.substitute(data={"n": jnp.array(rows)}):
             draws = svi.predict(jax.random.key(0), params, jnp.zeros(2))
         np.testing.assert_allclose(draws["moved"].mean(0), LOC[rows], atol=0.3)
+
+
+def test_memory_is_that_of_the_batch():
+    size = 1_000_000
+
+    def model(x):
+        with numpyro.plate("n", size, subsample_size=len(x)):
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=x)
+
+    svi = SubsampleSVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
+    rows = {"n": np.arange(64)}
+    state = svi.init(jax.random.key(0), jnp.zeros(64), indices=rows)
+    params = svi.get_params(state)
+    options = {"num_samples": 1000, "indices": rows}
+    svi.predict(jax.random.key(0), params, jnp.zeros(64), **options)
+    (program,) = svi._programs.values()
+    given = jax.random.key(0), 0, params, {0: jnp.zeros(64)}, rows
+    memory = program.run.lower(*given).compile().memory_analysis()
+    assert memory.output_size_in_bytes <= 1000 * 64 * 4 + 1000
+    assert memory.temp_size_in_bytes < 1000 * 64 * 4
