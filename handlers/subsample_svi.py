@@ -45,6 +45,8 @@ class SubsampleSVI(SVI):
         padding, as ``pad_minibatch`` makes it. Loss, gradients and new state are those
         of the step without padding. See ``valid_rows`` for what padding may hold.
 
+    So do ``grow``, ``predict`` and ``log_likelihood``.
+
     A ``Minibatch``, made by ``minibatch``, stands for the model's arguments, `indices`
     and `valid`. It is then all that these methods take of a batch.
 
@@ -322,7 +324,8 @@ class SubsampleSVI(SVI):
 
         Each draw takes latents from the guide, those of the batch's rows, and runs the
         model with them. Observed sites are drawn anew, whether the batch brings data
-        for them or not.
+        for them or not. Latents that the guide does not draw, enumerated ones among
+        them, come from the model.
 
         It is compiled once for each shape of batch: arrays are arguments of the
         compiled program; all other arguments are constants of it and must be hashable.
@@ -332,7 +335,8 @@ class SubsampleSVI(SVI):
         rng_key : jax.Array
             The random key.
         state_or_params : SVIState or dict
-            The state, or parameters as ``get_params`` gives them.
+            The state, or parameters as ``get_params`` gives them, which lack mutable
+            state.
         *args, indices, valid, **kwargs
             The batch. Rows that are not valid are left out of what is returned.
         num_samples : int
