@@ -61,6 +61,8 @@ def grown(svi: SVI, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> SVI
 
 def _has_grown(guide: AutoGuide, sizes: Mapping[str, int]) -> bool:
     """Tell whether a guide must be made anew, and refuse one that cannot be."""
+    # Plates of data alone may have another size in each batch.
+    of_latents = internals.latent_plates(guide)
     new = {
         name: sizes[name]
         for name, size in internals.full_sizes(guide).items()
@@ -68,11 +70,11 @@ def _has_grown(guide: AutoGuide, sizes: Mapping[str, int]) -> bool:
     }
     for name, size in new.items():
         old = internals.full_sizes(guide)[name]
-        if size < old:
+        if size < old and name in of_latents:
             check_size(name, size, old)
         if joint_over(guide, name) is guide:
             what = "is one joint distribution over all rows"
-        elif evaluates_first_data(guide):
+        elif evaluates_first_data(guide) and size > old:
             what = "evaluates the data of its first call, which has all rows"
         else:
             continue
@@ -82,7 +84,7 @@ def _has_grown(guide: AutoGuide, sizes: Mapping[str, int]) -> bool:
             "rows are apart."
         )
     # What is joint over other plates, or over none, has nothing to grow.
-    return bool(new) and not isinstance(guide, AutoContinuous)
+    return bool(new.keys() & of_latents) and not isinstance(guide, AutoContinuous)
 
 
 def _values_of_all_rows(

@@ -240,6 +240,11 @@ def full_sizes(guide: AutoGuide) -> dict[str, int]:
     return guide._prototype_frame_full_sizes
 
 
+def latent_plates(guide: AutoGuide) -> set[str]:
+    """Return the plates of a guide's latents."""
+    return set(guide._prototype_frames)
+
+
 def initial_values(guide: AutoGuide) -> dict[str, jax.Array]:
     """Return the initial values of a guide's latents, those of all rows."""
     return guide._init_locs

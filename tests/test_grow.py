@@ -35,6 +35,8 @@ def local(x, size, rows=None):
     rows = len(x) if rows is None else rows
     scale = numpyro.param("noise", 1.0, constraint=constraints.positive)
     mu = numpyro.sample("mu", dist.Normal(0, 1))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("w", dist.Normal(mu, 1), obs=x)
     with numpyro.plate("n", size, subsample_size=rows):
         z = numpyro.sample("z", dist.LogNormal(mu, 1))
         p = numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))
@@ -49,7 +51,7 @@ def simple(x, size):
 
 def guide_list(model):
     guide = AutoGuideList(model)
-    hidden = handlers.block(model, hide=["mu", "y", "noise"])
+    hidden = handlers.block(model, hide=["mu", "w", "y", "noise"])
     guide.append(AutoNormal(hidden))
     guide.append(AutoMultivariateNormal(handlers.block(model, expose=["mu"])))
     return guide
