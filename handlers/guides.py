@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -50,6 +50,19 @@ def model_of(guide: Any) -> Callable | None:
             return model
         guide = getattr(guide, "fn", None) or getattr(guide, "func", None)
     return None
+
+
+def autoguides_in(guide: Any) -> Iterator[AutoGuide]:
+    """Yield the autoguides that a guide consists of, looking through handlers."""
+    if not issubclass(type(guide), AutoGuide):
+        guide = getattr(guide, "fn", None) or getattr(guide, "func", None)
+        if guide is not None:
+            yield from autoguides_in(guide)
+        return
+    yield guide
+    parts = guide if isinstance(guide, AutoGuideList) else []
+    for part in [guide.global_guide] if isinstance(guide, AutoSemiDAIS) else parts:
+        yield from autoguides_in(part)
 
 
 def joint_over(guide: Any, plate: str) -> AutoContinuous | None:
@@ -181,7 +194,7 @@ def served(
                 yield
             return
         call.read()
-        with _undone_on_error(guide):
+        with undone_on_error(guide):
             _set_up_prototype(guide, call, args, kwargs)
             with _family(guide, call, args, kwargs):
                 yield
@@ -205,17 +218,17 @@ def _part(guide: Any) -> Any:
 
 
 @contextmanager
-def _undone_on_error(guide: AutoGuide) -> Generator[None]:
-    """Take back a prototype that is not complete, which NumPyro would go on with."""
+def undone_on_error(owner: Any) -> Generator[None]:
+    """Take back what an error leaves half made, such as a guide's prototype."""
     before = {
         name: dict(value) if isinstance(value, dict) else value
-        for name, value in vars(guide).items()
+        for name, value in vars(owner).items()
     }
     try:
         yield
     except BaseException:
-        vars(guide).clear()
-        vars(guide).update(before)
+        vars(owner).clear()
+        vars(owner).update(before)
         raise
 
 
@@ -267,7 +280,7 @@ def _set_up_prototype(
     subsampled = {p.name for p in plates if p.subsample_size != p.size}
     reordered = [plate for plate in plates if plate.is_reordered]
     if isinstance(guide, AutoContinuous):
-        if reordered and _evaluates_first_data(guide):
+        if reordered and evaluates_first_data(guide):
             _refuse_reordered(guide, reordered[0])
         # AutoDAIS evaluates the likelihood of the whole data; the others only need
         # one latent for every row.
@@ -297,7 +310,8 @@ def _needs_whole_likelihood(guide: AutoGuide) -> bool:
     )
 
 
-def _evaluates_first_data(guide: AutoGuide) -> bool:
+def evaluates_first_data(guide: AutoGuide) -> bool:
+    """Tell whether a guide goes on to evaluate the model on its first data."""
     return _needs_whole_likelihood(guide) or isinstance(guide, AutoLaplaceApproximation)
 
 

@@ -288,6 +288,17 @@ def with_local_plate(guide: Any, plate: tuple[str, int, int]) -> Any:
     return replaced(guide, _local_plate=plate)
 
 
+def event_dims(guide: Any) -> dict[str, int]:
+    """Return how many dims of a mean-field guide's parameters are no plate's."""
+    return guide._event_dims
+
+
+def forget_first_call(guide: Any) -> None:
+    """Let the next call of a guide be its first one."""
+    guide.prototype_trace = None
+    guide._prototype_frame_full_sizes = {}
+
+
 # ------------------------------------------------------------------ changes, undone
 
 

@@ -56,10 +56,8 @@ def axes_of_leaves(
     Raises
     ------
     ValueError
-        If a leaf depends on the number of rows in another way, or if the optimizer
-        adds up gradients over several steps.
+        If a leaf depends on the number of rows in another way.
     """
-    _refuse_accumulation(optim_state)
     params = jax.eval_shape(optim.get_params, optim_state)
 
     def leaves_given(rows: Mapping[str, int]) -> list[Any]:
@@ -111,6 +109,7 @@ def check_rows_are_apart(
         If other rows make a difference to those of the batch. If the optimizer needs
         more than gradients and the loss.
     """
+    _refuse_accumulation(optim_state)
     # Half of the rows are others, so that a mean over rows differs by as much.
     twice = {plate: 2 * count for plate, count in counts.items()}
     params = jax.eval_shape(optim.get_params, optim_state)

@@ -209,12 +209,20 @@ def check_subsample_size(name: str, size: int, subsample_size: int) -> None:
 
 def check_size(name: str, of_model: int, of_guide: int) -> None:
     """Refuse a plate whose full size has changed since the guide was made."""
-    if of_model != of_guide:
-        raise ValueError(
-            f"Plate '{name}' has size {of_model} in the model, but the guide's "
-            f"parameters were made for {of_guide} rows. Keep the plate's size that of "
-            "the whole data set, or build a new guide and call svi.init again."
+    if of_model == of_guide:
+        return
+    if of_model > of_guide:
+        remedy = "If rows have come in, call the method grow of SubsampleSVI."
+    else:
+        remedy = (
+            "A plate cannot lose rows; one that is in no batch costs row-wise steps "
+            "nothing."
         )
+    raise ValueError(
+        f"Plate '{name}' has size {of_model} in the model, but the guide's parameters "
+        f"were made for {of_guide} rows. {remedy} Otherwise keep the plate's size that "
+        "of the whole data set, or build a new guide and call svi.init again."
+    )
 
 
 def arguments_for_plates(

@@ -23,6 +23,13 @@ from .plates import all_in_order
 class RowParams(Handler):
     """Learns, while a loss is computed, which parameters hold the rows of plates.
 
+    Parameters
+    ----------
+    every_plate : bool
+        Learn of plates that take all rows in order, too. Parameters that are read
+        outside of their plate as well, or whose rows depend on each other, are then
+        no errors; the latter are left out.
+
     Attributes
     ----------
     axes : dict of str to dict
@@ -36,8 +43,9 @@ class RowParams(Handler):
         The plates that drew their rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, every_plate: bool = False) -> None:
         super().__init__()
+        self._every_plate = every_plate
         self.axes: dict[str, Axes] = {}
         self.rows: dict[str, jax.Array] = {}
         self.sizes: dict[str, int] = {}
@@ -70,7 +78,7 @@ class RowParams(Handler):
         name = msg["name"]
         axes = self._axes(msg)
         before = self._seen.setdefault(name, axes)
-        for plate in before.keys() ^ axes.keys():
+        for plate in set() if self._every_plate else before.keys() ^ axes.keys():
             raise ValueError(
                 f"Parameter '{name}' holds rows of plate '{plate}' (size "
                 f"{self.sizes[plate]}) and is read outside of it too, where all rows "
@@ -88,10 +96,13 @@ class RowParams(Handler):
             # Of size 1, it is shared by all rows.
             if axis < 0 or shape[axis] == 1:
                 continue
-            if all_in_order(self.rows[frame.name], self.sizes[frame.name]):
+            in_order = all_in_order(self.rows[frame.name], self.sizes[frame.name])
+            if in_order and not self._every_plate:
                 continue
             constraint = msg["kwargs"].get("constraint", constraints.real)
             if len(shape) - axis <= constraint.event_dim:
+                if self._every_plate:
+                    continue
                 raise ValueError(
                     f"Parameter '{msg['name']}' is constrained to {constraint} across "
                     f"the rows of plate '{frame.name}' (size {shape[axis]}), which "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
@@ -20,11 +21,13 @@ from . import internals
 from .alignment import MisalignedSubsampleWarning, ScoreFunctionWatcher
 from .dynamic_subsample import dynamic_subsample
 from .fit import fit as fit_batches
+from .grow import grown
 from .internals import Tracer
 from .minibatch import Minibatch
 from .model_call import pinned_in_model
 from .padding import check_names, valid_rows
 from .plates import arguments_for_plates, check_rows
+from .predict import Question
 from .rowwise import RowSteps
 
 
@@ -44,6 +47,8 @@ class SubsampleSVI(SVI):
         For each plate, how many of its rows, the first ones, are real; the others are
         padding, as ``pad_minibatch`` makes it. Loss, gradients and new state are those
         of the step without padding. See ``valid_rows`` for what padding may hold.
+
+    So do ``grow``, ``predict`` and ``log_likelihood``.
 
     A ``Minibatch``, made by ``minibatch``, stands for the model's arguments, `indices`
     and `valid`. It is then all that these methods take of a batch.
@@ -130,6 +135,7 @@ class SubsampleSVI(SVI):
         super().__init__(model, guide, optim, loss, **static_kwargs)
         self._rows, self._valid = dict(rows or {}), dict(valid or {})
         self._row_steps = RowSteps(self) if rowwise else None
+        self._programs: dict[Any, Any] = {}
 
     def init(
         self,
@@ -233,6 +239,69 @@ class SubsampleSVI(SVI):
 
     fit = fit_batches
 
+    def grow(
+        self,
+        svi_state: SVIState,
+        *args: Any,
+        indices: Mapping[str, ArrayLike] | None = None,
+        valid: Mapping[str, ArrayLike] | None = None,
+        **kwargs: Any,
+    ) -> SVIState:
+        """Go on with plates that have become larger, since data came in.
+
+        The new rows of a plate are its last ones. They start where ``init`` would
+        start them, with a key that is made from the state's. All other parameters,
+        constraints and the optimizer's state stay as they are, bit for bit, and so do
+        the mutable state and the random key. Plates that have not grown lose nothing,
+        and if none has, the state is returned as it is. Compiled steps compile again.
+
+        A plate cannot lose rows. A row that is in no batch any more costs row-wise
+        steps nothing.
+
+        Parameters
+        ----------
+        svi_state : SVIState
+            The state so far.
+        *args, indices, valid, **kwargs
+            A batch, with which the model has its new sizes. It need not hold any of
+            the new rows.
+
+        Returns
+        -------
+        SVIState
+            The state with all rows. The guide has its new sizes, too, and initial
+            values of all rows.
+
+        Raises
+        ------
+        ValueError
+            If a plate has become smaller; if a part of the guide is one joint
+            distribution over the rows of a plate that has grown, or evaluates the data
+            of its first call, as ``AutoDAIS`` and ``AutoLaplaceApproximation`` do; if
+            model or guide have other parameters than before, or one whose new shape
+            added rows do not explain, because it is not read in its plate with
+            ``event_dim``; if the optimizer's state does not go by rows. Guide, state
+            and this object are then as they were.
+
+        Notes
+        -----
+        If the guide's ``init_loc_fn`` is ``init_to_value`` with values of the old rows
+        only, new rows start as those of a latent without a value. To give them values,
+        set ``svi.guide.init_loc_fn`` before.
+
+        The new rows have no moments yet, while the optimizer's count of steps goes on:
+        the first steps of Adam are up to three times as long for them.
+
+        A guide of your own must take the size of its plates from its arguments.
+
+        Examples
+        --------
+        >>> state = svi.grow(state, X[rows], indices={"n": rows})
+        """
+        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
+        with self._batch(indices, valid):
+            return grown(self, svi_state, args, kwargs)
+
     def evaluate(
         self,
         svi_state: SVIState,
@@ -244,6 +313,178 @@ class SubsampleSVI(SVI):
         args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
         with self._batch(indices, valid):
             return super().evaluate(svi_state, *args, **kwargs)
+
+    def predict(
+        self,
+        rng_key: jax.Array,
+        state_or_params: SVIState | dict[str, Any],
+        *args: Any,
+        num_samples: int = 1000,
+        return_sites: Sequence[str] | None = None,
+        indices: Mapping[str, ArrayLike] | None = None,
+        valid: Mapping[str, ArrayLike] | None = None,
+        unseen: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> dict[str, np.ndarray]:
+        """Draw from the posterior predictive distribution of the rows of a batch.
+
+        Each draw takes latents from the guide, those of the batch's rows, and runs the
+        model with them. Observed sites are drawn anew, whether the batch brings data
+        for them or not. Latents that the guide does not draw, enumerated ones among
+        them, come from the model.
+
+        It is compiled once for each shape of batch: arrays are arguments of the
+        compiled program; all other arguments are constants of it and must be hashable.
+
+        Parameters
+        ----------
+        rng_key : jax.Array
+            The random key.
+        state_or_params : SVIState or dict
+            The state, or parameters as ``get_params`` gives them, which lack mutable
+            state.
+        *args, indices, valid, **kwargs
+            The batch. Rows that are not valid are left out of what is returned.
+        num_samples : int
+            How many draws to make, one after another.
+        return_sites : sequence of str, optional
+            The sites to return; by default all deterministic ones, and those sample
+            sites that the guide does not draw.
+        unseen : sequence of str
+            Plates whose rows in this batch are none of those that the plate has. The
+            latents of such rows are drawn from the model, given the other latents.
+            There may be more of them than the plate has, and `indices` of such plates
+            say nothing.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            By site, draws of shape ``(num_samples, ...)``.
+
+        Raises
+        ------
+        ValueError
+            If a plate would draw its rows; if the model looks up something by the rows
+            of an unseen plate; if a name is none of the model's plates or sites; if
+            indices or counts do not fit their plates.
+
+        Notes
+        -----
+        With the same key, latents outside of the batch's plates, and all latents of a
+        joint guide, are the same draws for every batch. Draws of the batch's rows, and
+        of their data, are other ones in another batch, or in another place of it.
+
+        A deterministic site is taken to have the axes of its plates in front.
+
+        Examples
+        --------
+        >>> draws = svi.predict(key, state, X[rows], indices={"n": rows})["y"]
+        >>> draws = svi.predict(key, state, X_new, unseen=["n"])["y"]
+        """
+        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
+        question = Question(num_samples, tuple(unseen), _names(return_sites))
+        return question(self, rng_key, state_or_params, args, kwargs, indices, valid)
+
+    def predict_batches(
+        self,
+        rng_key: jax.Array,
+        state_or_params: SVIState | dict[str, Any],
+        batches: Iterable,
+        *,
+        num_samples: int = 1000,
+        return_sites: Sequence[str] | None = None,
+        unseen: Sequence[str] = (),
+        progress_bar: bool = True,
+    ) -> dict[str, np.ndarray]:
+        """Draw from the posterior predictive distribution of one batch after another.
+
+        The memory of the device holds one batch and its draws at a time.
+
+        Parameters
+        ----------
+        rng_key, state_or_params, num_samples, return_sites, unseen
+            As for ``predict``.
+        batches : iterable
+            Batches as ``minibatch`` makes them; a list or a loader.
+        progress_bar : bool
+            Whether to show a progress bar.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            By site, draws of shape ``(num_samples, ...)``. Those of rows stand one
+            after another along their plate's axis, in the order of the batches. Those
+            outside of the batch's plates are there once: each batch has the same.
+            All draws of one number go together, as in one call for all rows. They are
+            the draws of that call where a joint guide makes them, or nobody: the rows'
+            own randomness is another one in each batch.
+
+        Raises
+        ------
+        ValueError
+            As for ``predict``; if a site outside of the batch's plates depends on the
+            batch; if a site has the rows of a plate that may be the batch's or not,
+            or of two plates of the batch; if there is no batch.
+        """
+        question = Question(num_samples, tuple(unseen), _names(return_sites))
+        return question.of_batches(
+            self, rng_key, state_or_params, batches, progress_bar=progress_bar
+        )
+
+    def log_likelihood(
+        self,
+        rng_key: jax.Array,
+        state_or_params: SVIState | dict[str, Any],
+        *args: Any,
+        num_samples: int = 1000,
+        indices: Mapping[str, ArrayLike] | None = None,
+        valid: Mapping[str, ArrayLike] | None = None,
+        unseen: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> dict[str, np.ndarray]:
+        """Return the log likelihood of each row of a batch, for LOO and WAIC.
+
+        Parameters
+        ----------
+        rng_key, state_or_params, *args, indices, valid, unseen, **kwargs
+            As for ``predict``.
+        num_samples : int
+            For how many draws of the latents.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            By observed site, log densities of shape ``(num_samples, rows)``, without
+            the scale of plates.
+
+        Raises
+        ------
+        ValueError
+            As for ``predict``, and if the model observes nothing.
+        """
+        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
+        question = Question(num_samples, tuple(unseen), log_likelihood=True)
+        return question(self, rng_key, state_or_params, args, kwargs, indices, valid)
+
+    def log_likelihood_batches(
+        self,
+        rng_key: jax.Array,
+        state_or_params: SVIState | dict[str, Any],
+        batches: Iterable,
+        *,
+        num_samples: int = 1000,
+        unseen: Sequence[str] = (),
+        progress_bar: bool = True,
+    ) -> dict[str, np.ndarray]:
+        """Return the log likelihood of each row of one batch after another.
+
+        Parameters, results and errors are those of ``log_likelihood`` and
+        ``predict_batches``.
+        """
+        question = Question(num_samples, tuple(unseen), log_likelihood=True)
+        return question.of_batches(
+            self, rng_key, state_or_params, batches, progress_bar=progress_bar
+        )
 
     def _step(
         self,
@@ -330,6 +571,10 @@ class SubsampleSVI(SVI):
             f"{what} cannot use valid counts, here of {sorted(valid)}. Use another "
             f"{other}, or give batches without padding and leave valid out."
         )
+
+
+def _names(sites: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if sites is None else tuple(sites)
 
 
 class _PinnedRows(substitute):

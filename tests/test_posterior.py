@@ -168,3 +168,92 @@ def test_predictive_has_the_right_rows(how, rows, parallel):
         doubled = predictive(key, rows, None)["doubled"]
     expected = jnp.broadcast_to(2 * (1 + rows) + X[rows], (2, len(rows)))
     np.testing.assert_allclose(doubled, expected, rtol=1e-5)
+
+
+def everything(rows):
+    """Latents with events, outside and inside of nested plates, and what follows."""
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    numpyro.deterministic("twice", 2 * mu)
+    with numpyro.plate("g", 2, dim=-2):
+        with pinned(rows) as idx:
+            z = numpyro.sample("z", dist.LogNormal(mu, 1))
+            p = numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))
+            numpyro.deterministic("doubled", 2 * z + X[idx])
+            numpyro.sample("y", dist.Normal(z + p[..., 0], 1), obs=X[idx])
+
+
+SOME = jnp.array([6, 0, 6])
+
+
+@pytest.mark.parametrize("how", ["indices", "pin", "context"])
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoDelta, AutoDiagonalNormal])
+def test_some_rows(guide_class, how):
+    first = jnp.arange(N) if guide_class is AutoDiagonalNormal else ROWS
+    form = "context" if how == "context" else "wrapper"
+    guide, params = trained(guide_class(everything), everything, first, form)
+    rows = {"n": SOME}
+    around = handlers.substitute(data=rows) if how == "pin" else dynamic_subsample()
+    asked = {} if how == "pin" else {"indices": rows}
+    key = jax.random.key(1)
+    with dynamic_subsample():
+        whole = dynamic_subsample(guide).median(params)
+    with around, pytest.warns(UserWarning, match=r"\['doubled'\].*rows of plates"):
+        some = guide.median(params, **asked)
+    assert "doubled" not in some
+    for name, axis in (("z", -1), ("p", -2)):
+        np.testing.assert_array_equal(some[name], jnp.take(whole[name], SOME, axis))
+    assert some["mu"].shape == ()
+    if guide_class is not AutoDelta:
+        np.testing.assert_allclose(some["twice"], 2 * some["mu"], rtol=1e-6)
+    with around:
+        drawn = guide.sample_posterior(key, params, SOME, sample_shape=(4,), **asked)
+    assert drawn["z"].shape == drawn["doubled"].shape == (4, 2, 3)
+    assert drawn["p"].shape == (4, 2, 3, 3)
+    expected = 2 * drawn["z"] + X[SOME]
+    np.testing.assert_allclose(drawn["doubled"], expected, rtol=1e-5)
+    if guide_class is AutoDiagonalNormal:
+        with dynamic_subsample():
+            joint = dynamic_subsample(guide).sample_posterior(
+                key, params, ROWS, sample_shape=(4,)
+            )
+        np.testing.assert_array_equal(drawn["z"], joint["z"][..., SOME])
+
+
+def test_some_rows_of_a_list_and_names_that_are_none():
+    guide = AutoGuideList(sliced)
+    for name, others in (("mu", ["z"]), ("z", ["mu"])):
+        part = handlers.block(sliced, hide=[*others, "y", "doubled"])
+        guide.append(AutoNormal(part, prefix=name))
+    guide, params = trained(guide, sliced, ROWS)
+    some = guide.quantiles(params, [0.1, 0.9], indices={"n": SOME})
+    whole = guide.quantiles(params, [0.1, 0.9])
+    np.testing.assert_array_equal(some["z"], whole["z"][:, SOME])
+    np.testing.assert_array_equal(some["mu"], whole["mu"])
+    with pytest.raises(ValueError, match=r"indices names a plate 'm'.*\['n'\]"):
+        guide.median(params, indices={"m": SOME})
+    with pytest.raises(ValueError, match=r"'n' \(size 8\) run from 0 to 8"):
+        guide.median(params, indices={"n": jnp.array([0, 8])})
+
+
+def test_memory_is_that_of_the_rows_asked_for():
+    size = 1_000_000
+
+    def model(rows):
+        with numpyro.plate("n", size, subsample_size=len(rows)) as idx:
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=jnp.sin(1.0 * idx))
+
+    guide = dynamic_subsample(AutoNormal(model))
+    svi = SVI(model, guide, optax.sgd(1e-3), Trace_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(0), jnp.arange(2)))
+
+    @jax.jit
+    def draw(key, params, rows):
+        return guide.sample_posterior(
+            key, params, sample_shape=(1000,), indices={"n": rows}
+        )
+
+    compiled = draw.lower(jax.random.key(0), params, jnp.arange(64)).compile()
+    memory = compiled.memory_analysis()
+    assert memory.output_size_in_bytes <= 1000 * 64 * 4 + 1000
+    assert memory.temp_size_in_bytes < 10 * 1000 * 64 * 4

@@ -1,0 +1,334 @@
+"""A plate gains rows in the middle of a fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import (
+    AutoDAIS,
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoSemiDAIS,
+)
+from numpyro.infer.initialization import init_to_value
+
+from numpyro_dynamic_subsample import SubsampleSVI
+
+OLD, NEW = 6, 9
+
+
+def data(size):
+    return jnp.sin(jnp.arange(float(size)))
+
+
+def local(x, size, rows=None):
+    rows = len(x) if rows is None else rows
+    scale = numpyro.param("noise", 1.0, constraint=constraints.positive)
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("w", dist.Normal(mu, 1), obs=x)
+    with numpyro.plate("n", size, subsample_size=rows):
+        z = numpyro.sample("z", dist.LogNormal(mu, 1))
+        p = numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))
+        numpyro.sample("y", dist.Normal(z + p[..., 0], scale), obs=x)
+
+
+def simple(x, size):
+    with numpyro.plate("n", size, subsample_size=len(x)):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(z, 1), obs=x)
+
+
+def guide_list(model):
+    guide = AutoGuideList(model)
+    hidden = handlers.block(model, hide=["mu", "w", "y", "noise"])
+    guide.append(AutoNormal(hidden))
+    guide.append(AutoMultivariateNormal(handlers.block(model, expose=["mu"])))
+    return guide
+
+
+def by_hand(model):
+    def guide(x, size):
+        numpyro.sample("mu", dist.Delta(numpyro.param("mu_loc", 0.3)))
+        with numpyro.plate("n", size, subsample_size=len(x)):
+            p = numpyro.param(
+                "p_loc",
+                jnp.ones((size, 3)) / 3,
+                constraint=constraints.simplex,
+                event_dim=1,
+            )
+            numpyro.sample("p", dist.Delta(p, event_dim=1))
+            loc = numpyro.param("loc", jnp.arange(1.0, 1 + size), event_dim=0)
+            numpyro.sample("z", dist.LogNormal(loc, 1))
+
+    return guide
+
+
+def semi_dais(model):
+    return AutoSemiDAIS(model, model, subsample_plate="n")
+
+
+def fitted(svi, rows, size=OLD, steps=1):
+    state = svi.init(jax.random.key(0), data(size)[rows], size, indices={"n": rows})
+    for _ in range(steps):
+        state, _ = svi.update(state, data(size)[rows], size, indices={"n": rows})
+    return state
+
+
+def leading(tree, like):
+    """The part of arrays that is as large as other ones."""
+    return jax.tree.map(lambda a, b: a[tuple(map(slice, jnp.shape(b)))], tree, like)
+
+
+def assert_same(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for leaf, own in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf, own = jax.random.key_data(leaf), jax.random.key_data(own)
+        np.testing.assert_array_equal(leaf, own)
+        assert leaf.dtype == own.dtype
+
+
+# Also where the parameters of new rows start, as far as that is not random.
+GUIDES = {
+    "AutoNormal": (AutoNormal, local, {"z_auto_scale": 0.1, "p_auto_scale": 0.1}),
+    "AutoDelta": (AutoDelta, local, {}),
+    "list": (guide_list, local, {"z_auto_scale": 0.1}),
+    "AutoSemiDAIS": (semi_dais, simple, {"auto_z_0_loc": 0.0, "auto_gamma": 0.9}),
+    "by hand": (by_hand, local, {"loc": np.arange(OLD + 1, NEW + 1), "p_loc": 1 / 3}),
+}
+OPTIM = {
+    "adam": optax.adam(0.1),
+    "chain": optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.9)),
+    "accumulating": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+    "numpyro": numpyro.optim.Adam(0.1),
+}
+
+
+@pytest.mark.parametrize(
+    ("guide", "optim", "batch"),
+    [
+        ("AutoNormal", "adam", [7, 1]),
+        ("AutoNormal", "adam", range(NEW)),
+        ("AutoDelta", "chain", [7, 1]),
+        ("AutoDelta", "accumulating", [0, 1]),
+        ("list", "adam", [7, 1]),
+        ("AutoSemiDAIS", "adam", [7, 1]),
+        ("by hand", "numpyro", range(NEW)),
+    ],
+)
+def test_old_rows_stay_and_new_rows_are_fresh(guide, optim, batch):
+    batch = jnp.array(batch)
+    make, model, starts = GUIDES[guide]
+    svi = SubsampleSVI(model, make(model), OPTIM[optim], Trace_ELBO())
+    state = fitted(svi, jnp.array([4, 0, 5]))
+    params = svi.get_params(state)
+
+    same = svi.grow(state, data(OLD)[:2], OLD, indices={"n": jnp.array([3, 1])})
+    assert_same(same, state)
+
+    grown = svi.grow(state, data(NEW)[batch], NEW, indices={"n": batch})
+    assert_same(leading(grown, state), state)
+    new_params = svi.get_params(grown)
+    assert_same(leading(new_params, params), params)
+    lengths = {name: jnp.shape(value)[:1] for name, value in new_params.items()}
+    of_rows = {name for name in params if jnp.shape(params[name])[:1] == (OLD,)}
+    assert of_rows
+    assert {name for name in lengths if lengths[name] == (NEW,)} == of_rows
+    for name, start in starts.items():
+        np.testing.assert_allclose(new_params[name][OLD:], start, rtol=1e-6)
+
+    # The fit goes on, and touches the rows of its batch only.
+    rows = jnp.array([8, 2])
+    svi.update(grown, data(NEW)[rows], NEW, indices={"n": rows})
+    with pytest.raises(ValueError, match="size 6 .* 9 rows. A plate cannot lose rows"):
+        svi.grow(grown, data(OLD)[:2], OLD, indices={"n": jnp.array([3, 1])})
+    if guide != "by hand":
+        answer = svi.guide.sample_posterior(
+            jax.random.key(0),
+            new_params,
+            *([data(NEW), NEW] * (guide == "AutoSemiDAIS")),
+        )
+        assert len(answer["z"]) == NEW
+
+
+def test_grows_before_the_step_that_needs_it():
+    svi = SubsampleSVI(simple, AutoNormal(simple), optax.sgd(0.1), Trace_ELBO())
+    state = fitted(svi, jnp.arange(3), steps=0)
+    with pytest.raises(ValueError, match="size 9 .* 6 rows.*call the method grow"):
+        svi.update(state, data(NEW)[:3], NEW, indices={"n": jnp.arange(3)})
+
+
+@pytest.mark.parametrize("given", [OLD, NEW])
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoDelta])
+def test_values_of_all_rows(guide_class, given):
+    values = {"z": 10.0 + jnp.arange(OLD)}
+    guide = guide_class(simple, init_loc_fn=init_to_value(values=values))
+    svi = SubsampleSVI(simple, guide, optax.sgd(0.1), Trace_ELBO())
+    state = fitted(svi, jnp.array([2, 5]), steps=1)
+    svi.guide.init_loc_fn = init_to_value(values={"z": 10.0 + jnp.arange(given)})
+    before = guide.init_loc_fn
+    grown = svi.grow(state, data(NEW)[7:], NEW, indices={"n": jnp.array([7, 8])})
+    new = svi.get_params(grown)["z_auto_loc"][OLD:]
+    if given == NEW:
+        np.testing.assert_array_equal(new, 10.0 + jnp.arange(OLD, NEW))
+    else:
+        assert (jnp.abs(new) <= 2).all()
+    assert guide.init_loc_fn is before
+    again = svi.init(jax.random.key(3), data(NEW), NEW)
+    start = svi.get_params(again)["z_auto_loc"]
+    np.testing.assert_array_equal(start[:OLD], values["z"])
+    np.testing.assert_array_equal(start[OLD:], new)
+
+
+def test_nested_and_crossed_plates():
+    def model(x, sizes, rows):
+        a = numpyro.plate("a", sizes[0], subsample_size=rows[0], dim=-2)
+        b = numpyro.plate("b", sizes[1], subsample_size=rows[1], dim=-1)
+        with a:
+            za = numpyro.sample("za", dist.Normal(0, 1))
+        with b:
+            zb = numpyro.sample("zb", dist.Normal(0, 1).expand([2]).to_event(1))
+        with a, b:
+            z = numpyro.sample("z", dist.Normal(za + zb.sum(-1), 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=x)
+
+    svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
+    rows = {"a": jnp.array([3, 1]), "b": jnp.array([0, 2, 4])}
+    state = svi.init(jax.random.key(0), jnp.ones((2, 3)), (4, 5), (2, 3), indices=rows)
+    state, _ = svi.update(state, jnp.ones((2, 3)), (4, 5), (2, 3), indices=rows)
+    for sizes in [(4, 6), (7, 6)]:
+        grown = svi.grow(state, jnp.ones((2, 3)), sizes, (2, 3), indices=rows)
+        assert_same(leading(grown, state), state)
+        shapes = {n: p.shape for n, p in svi.get_params(grown).items() if "loc" in n}
+        assert shapes["za_auto_loc"] == (sizes[0], 1)
+        assert shapes["zb_auto_loc"] == (sizes[1], 2)
+        assert shapes["z_auto_loc"] == sizes
+        state = grown
+
+
+def fixed_size(x, size):
+    with numpyro.plate("n", OLD, subsample_size=len(x)):
+        loc = numpyro.param("loc", jnp.zeros(OLD), event_dim=0)
+        numpyro.sample("z", dist.Normal(loc, 1))
+
+
+def by_index(x, size):
+    with numpyro.plate("n", size, subsample_size=len(x)) as rows:
+        numpyro.sample("z", dist.Normal(numpyro.param("loc", jnp.zeros(size))[rows], 1))
+
+
+def across_rows(x, size):
+    with numpyro.plate("n", size, subsample_size=len(x)):
+        share = numpyro.param(
+            "share",
+            jnp.ones(size) / size,
+            constraint=constraints.simplex,
+            event_dim=0,
+        )
+        numpyro.sample("z", dist.Normal(share, 1))
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [
+        (AutoDiagonalNormal(simple), r"one joint .* 'n' \(size 6\).* to 9 rows"),
+        (AutoDAIS(simple), r"one joint distribution"),
+        (AutoLaplaceApproximation(simple), r"one joint distribution"),
+        (fixed_size, r"'n' has size 9 in the model.*6 rows"),
+        (by_index, r"'loc'.*\(6,\).*\(9,\).*event_dim"),
+        (across_rows, r"'share'.*\(5,\).*\(8,\)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_errors_change_nothing(guide, message):
+    svi = SubsampleSVI(simple, guide, optax.adam(0.1), Trace_ELBO())
+    state = svi.init(jax.random.key(0), data(OLD), OLD)
+    before = dict(vars(guide)), svi.constrain_fn
+    with pytest.raises(ValueError, match=message):
+        svi.grow(state, data(NEW), NEW)
+    assert (dict(vars(guide)), svi.constrain_fn) == before
+    assert_same(svi.grow(state, data(OLD), OLD), state)
+    svi.update(state, data(OLD), OLD)
+
+
+def test_failing_growth_leaves_an_autoguide_as_it_was():
+    svi = SubsampleSVI(simple, AutoNormal(simple), optax.adam(0.1), Trace_ELBO())
+    state = svi.init(jax.random.key(0), data(OLD), OLD)
+    before = dict(vars(svi.guide.fn)), svi.constrain_fn
+    other = SubsampleSVI(local, AutoNormal(local), optax.adam(0.1), Trace_ELBO())
+    of_other = other.init(jax.random.key(0), data(OLD), OLD)
+    with pytest.raises(ValueError, match="other parameters"):
+        svi.grow(of_other, data(NEW), NEW)
+    assert (dict(vars(svi.guide.fn)), svi.constrain_fn) == before
+    svi.update(state, data(OLD), OLD)
+
+
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_grown_fit_ends_at_the_exact_posterior(rowwise):
+    """y ~ Normal(z, 1) with z ~ Normal(0, 1) has the posterior Normal(y/2, 1/2)."""
+    guide = AutoNormal(simple)
+    loss = Trace_ELBO(num_particles=20)
+    optim = optax.adam(optax.piecewise_constant_schedule(0.05, {1000: 0.1}))
+    svi = SubsampleSVI(simple, guide, optim, loss, rowwise=rowwise)
+    update = jax.jit(svi.update, static_argnums=2)
+    rng = np.random.default_rng(0)
+    state = svi.init(jax.random.key(0), data(4), OLD, indices={"n": jnp.arange(4)})
+    for size, steps in [(OLD, 300), (NEW, 1200)]:
+        if size == NEW:
+            state = svi.grow(state, data(NEW)[5:], NEW, indices={"n": jnp.arange(5, 9)})
+        for _ in range(steps):
+            rows = rng.choice(size, 4, replace=False)
+            state, _ = update(state, data(size)[rows], size, indices={"n": rows})
+    params = svi.get_params(state)
+    np.testing.assert_allclose(params["z_auto_loc"], data(NEW) / 2, atol=0.06)
+    np.testing.assert_allclose(params["z_auto_scale"], np.sqrt(0.5), atol=0.06)
+
+
+def test_new_rows_are_folded_in_with_the_rest_held_fixed():
+    """Given mu, z has the posterior Normal((mu + 4 y) / 5, 1 / 5)."""
+
+    def model(x, size):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.plate("n", size, subsample_size=len(x)):
+            z = numpyro.sample("z", dist.Normal(mu, 1))
+            numpyro.sample("y", dist.Normal(z, 0.5), obs=x)
+
+    def labels(params):
+        return {n: "rows" if n.startswith("z_") else "others" for n in params}
+
+    def svi_of(guide, optim, **options):
+        return SubsampleSVI(model, guide, optim, Trace_ELBO(40), **options)
+
+    svi = svi_of(AutoNormal(model), optax.adam(0.1))
+    new = jnp.arange(OLD, NEW)
+    batch = (data(NEW)[OLD:], NEW)
+    state = fitted(svi, jnp.arange(OLD))
+    state = svi.grow(state, *batch, indices={"n": new})
+    before = svi.get_params(state)
+    schedule = optax.piecewise_constant_schedule(0.1, {300: 0.1})
+    optims = {"rows": optax.adam(schedule), "others": optax.set_to_zero()}
+    optim = optax.multi_transform(optims, labels)
+    fold = svi_of(svi.guide, optim, rowwise=True)
+    state = fold.init(jax.random.key(1), *batch, init_params=before, indices={"n": new})
+    update = jax.jit(fold.update, static_argnums=2)
+    for _ in range(600):
+        state, _ = update(state, *batch, indices={"n": new})
+    params = fold.get_params(state)
+    for name, value in before.items():
+        old = value[:OLD] if value.ndim else value
+        kept = params[name][:OLD] if value.ndim else params[name]
+        np.testing.assert_allclose(kept, old, rtol=1e-5)
+    expected = (before["mu_auto_loc"] + 4 * data(NEW)[OLD:]) / 5
+    np.testing.assert_allclose(params["z_auto_loc"][OLD:], expected, atol=0.05)
+    np.testing.assert_allclose(params["z_auto_scale"][OLD:], 5**-0.5, atol=0.05)
