@@ -61,6 +61,9 @@ class dynamic_subsample(ModelCall):
     MisalignedSubsampleWarning
         Once per guide and plate, if local latents follow rows that the plate draws,
         and the data do not.
+    UnscaledSubsampleWarning
+        Once per guide and site, if data outside of a subsampled plate depend on latents
+        in it, and have no scale.
 
     Notes
     -----

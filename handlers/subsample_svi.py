@@ -34,24 +34,19 @@ from .rowwise import RowSteps
 class SubsampleSVI(SVI):
     """SVI in mini-batches of any size, with one compilation for all of them.
 
-    The guide's plates follow the model's, as with ``dynamic_subsample``. Besides,
-    ``init``, ``update``, ``stable_update``, ``run`` and ``evaluate`` take two keywords
-    that never reach the model. They are arguments of the step, so they may change
-    between calls of a compiled step:
+    The guide's plates follow the model's, as with ``dynamic_subsample``. Each method
+    that runs on a batch takes one ``Minibatch``, which ``minibatch`` makes, or the
+    model's arguments and two keywords that never reach the model. All of them are
+    arguments of a compiled step, so they may change between its calls:
 
     indices : dict of str to array, optional
-        For each plate, the rows that the batch holds, shape ``(subsample_size,)``, in
-        model and guide alike. A plate that is not named draws its rows, once per
-        step.
+        For each plate, the rows that the batch holds, integers of shape
+        ``(subsample_size,)``, in model and guide alike. A plate that is not named draws
+        its rows, once per step.
     valid : dict of str to int, optional
         For each plate, how many of its rows, the first ones, are real; the others are
-        padding, as ``pad_minibatch`` makes it. Loss, gradients and new state are those
-        of the step without padding. See ``valid_rows`` for what padding may hold.
-
-    So do ``grow``, ``predict`` and ``log_likelihood``.
-
-    A ``Minibatch``, made by ``minibatch``, stands for the model's arguments, `indices`
-    and `valid`. It is then all that these methods take of a batch.
+        padding. Loss, gradients and new state are those of the step without padding.
+        See ``valid_rows`` for what padding may hold.
 
     Parameters
     ----------
@@ -63,13 +58,18 @@ class SubsampleSVI(SVI):
     optim, loss, **static_kwargs
         As for ``numpyro.infer.SVI``.
     rowwise : bool, default False
-        Let ``update``, ``stable_update`` and ``run`` step on the batch's rows alone:
-        of each parameter that holds the rows of a subsampled plate, and of the
+        Let ``update``, ``stable_update``, ``run`` and ``fit`` step on the batch's rows
+        alone: of each parameter that holds the rows of a subsampled plate, and of the
         optimizer's state for it, they take the batch's rows, step as ever, and write
         these rows back. In a compiled step with a donated state,
         ``jax.jit(svi.update, donate_argnums=0)``, time and temporary memory are then
         those of the batch, whatever the size of the plate, if its rows are pinned;
-        NumPyro draws them by shuffling the whole plate. ``run`` donates by itself.
+        NumPyro draws them by shuffling the whole plate. ``run`` and ``fit`` donate by
+        themselves.
+    rows, valid : dict of str to str or int, optional
+        For each plate whose rows or counts arrive in an argument of the model, the
+        name of that argument, or its position. So a loop that knows nothing of rows
+        can train.
 
     Raises
     ------
@@ -84,12 +84,11 @@ class SubsampleSVI(SVI):
         own; if a count is not an integer scalar, or not between 1 and the plate's
         rows; if `valid` is given to ``RenyiELBO``, to ``AutoSemiDAIS`` with a
         ``local_guide``, to a guide whose sites stand outside of the plate, or where
-        ``TraceEnum_ELBO`` needs a concrete scale (see ``valid_rows``). Values are
-        checked where they are concrete.
+        ``TraceEnum_ELBO`` needs a concrete scale (see ``valid_rows``).
 
     Warns
     -----
-    MisalignedSubsampleWarning
+    MisalignedSubsampleWarning, UnscaledSubsampleWarning
         As ``dynamic_subsample`` does.
     UserWarning
         Once per site, if a latent without reparameterised sampler stands in a
@@ -98,12 +97,14 @@ class SubsampleSVI(SVI):
 
     Notes
     -----
+    A compiled step cannot raise. Rows and counts out of range, where their values are
+    not known, make its loss NaN, and with it the parameters that the step moves.
+
     With `rowwise`, optimizers that leave alone what has no gradient (SGD, Adagrad,
     with schedules too) give the very parameters of the ordinary steps. Others (Adam,
     RMSProp, all with momentum or weight decay) let the rows outside of a batch rest,
     instead of moving them by old moments: the lazy variant, known from PyTorch's
-    ``SparseAdam``, here with one count of steps for all rows. An optimizer that clips
-    gradients by a norm takes it over the batch's rows.
+    ``SparseAdam``, here with one count of steps for all rows.
 
     Model code that mixes rows by itself, as the mean of a batch, sees the padded rows
     too. So does ``init`` where it looks for initial values, for which observations
@@ -112,11 +113,11 @@ class SubsampleSVI(SVI):
     Examples
     --------
     >>> svi = SubsampleSVI(model, AutoNormal(model), optax.adam(1e-2), Trace_ELBO())
-    >>> state = svi.init(key, X[rows0], indices={"n": rows0})
+    >>> state = svi.init(key, minibatch(X[rows0], rows={"n": rows0}, capacity=256))
     >>> step = jax.jit(svi.update, donate_argnums=0)
     >>> for rows in ragged_batches:
-    ...     (x, rows), n = pad_minibatch((X[rows], rows), capacity=256)
-    ...     state, loss = step(state, x, indices={"n": rows}, valid={"n": n})
+    ...     batch = minibatch(X[rows], rows={"n": rows}, capacity=256)
+    ...     state, loss = step(state, batch)
     """
 
     def __init__(
@@ -146,6 +147,22 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> SVIState:
+        """Return the state that training starts from.
+
+        Parameters
+        ----------
+        rng_key : array
+            The random key.
+        init_params : dict, optional
+            Values of parameters to start from, of all rows.
+        *args, indices, valid, **kwargs
+            A batch: see the class.
+
+        Returns
+        -------
+        SVIState
+            Arrays of its own, which a step may be allowed to overwrite.
+        """
         args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
         with self._batch(indices, valid):
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
@@ -161,6 +178,24 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
+        """Take one step on a batch.
+
+        Parameters
+        ----------
+        svi_state : SVIState
+            The state before the step.
+        forward_mode_differentiation : bool, default False
+            As for ``numpyro.infer.SVI.update``.
+        *args, indices, valid, **kwargs
+            The batch: see the class.
+
+        Returns
+        -------
+        svi_state : SVIState
+            The state after the step.
+        loss : array of shape ()
+            The loss before the step, an estimate for all rows.
+        """
         step = partial(
             super().update,
             forward_mode_differentiation=forward_mode_differentiation,
@@ -176,6 +211,11 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
+        """Take one step on a batch, unless its loss or gradients are not finite.
+
+        Parameters and returned values are those of ``update``. A step that is skipped
+        returns its loss and the state before.
+        """
         step = partial(
             super().stable_update,
             forward_mode_differentiation=forward_mode_differentiation,
@@ -194,6 +234,32 @@ class SubsampleSVI(SVI):
         init_params: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> SVIRunResult:
+        """Take many steps on one batch. For many batches, use ``fit``.
+
+        Parameters
+        ----------
+        rng_key : array
+            The random key of ``init``, which is called without `init_state`.
+        num_steps : int
+            How many steps to take.
+        progress_bar : bool, default True
+            Show the steps and the mean loss.
+        stable_update : bool, default False
+            Take steps by ``stable_update``.
+        forward_mode_differentiation : bool, default False
+            As for ``numpyro.infer.SVI.update``.
+        init_state : SVIState, optional
+            A state to go on from.
+        init_params : dict, optional
+            As for ``init``.
+        *args, **kwargs
+            The batch, `indices` and `valid` included: see the class.
+
+        Returns
+        -------
+        SVIRunResult
+            The parameters, the state and the loss of each step.
+        """
         run_all = super().run
 
         def run(num_steps: int, **options: Any) -> SVIRunResult:
@@ -310,6 +376,20 @@ class SubsampleSVI(SVI):
         valid: Mapping[str, ArrayLike] | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Return the loss of a batch, without a step.
+
+        Parameters
+        ----------
+        svi_state : SVIState
+            The state, whose random key the loss is computed with.
+        *args, indices, valid, **kwargs
+            The batch: see the class.
+
+        Returns
+        -------
+        array of shape ()
+            The loss, an estimate for all rows.
+        """
         args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
         with self._batch(indices, valid):
             return super().evaluate(svi_state, *args, **kwargs)
