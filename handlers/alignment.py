@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -106,7 +106,7 @@ def _message(
 
     _, args, kwargs = call.run
     try:
-        of_guide = _provenance(run_guide, args, kwargs, plate, _is_latent)
+        of_guide = _densities_made_from(run_guide, args, kwargs, plate, _is_latent)
         latents = [site for site in latents if "rows" in of_guide.get(site, ())]
         if not latents:
             return None
@@ -137,9 +137,9 @@ def _data_follow_rows(
     What depends neither on the rows nor on the arguments of the model, as a factor that
     is the same for all rows, is no data.
     """
-    inside = _ParamsOfAnyRows()
-    found = _provenance(model, args, kwargs, plate, wanted, inside, data=True).values()
-    return any("rows" in made_from for made_from in found) or not any(found)
+    made_from = _densities_made_from(model, args, kwargs, plate, wanted, data=True)
+    found = made_from.values()
+    return any("rows" in own for own in found) or not any(found)
 
 
 def check_predictive(predictive: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -152,21 +152,21 @@ def check_predictive(predictive: Any, args: tuple, kwargs: dict[str, Any]) -> No
     args, kwargs : tuple, dict
         What its model is called with.
     """
-    model, samples = predictive.model, predictive.posterior_samples
-    done = looked_at(model)
+    run, samples = (predictive.model, args, kwargs), predictive.posterior_samples
+    done = looked_at(predictive.model)
 
     def predicted(site: dict[str, Any]) -> bool:
         return site["name"] not in samples
 
     try:
-        plates = read_plates(model, args, kwargs, internals.handlers_around())
+        plates = read_plates(*run, internals.handlers_around())
         for plate in plates.values():
             key = ("Predictive", plate.name)
             if plate.rows is not None or plate.takes_all or key in done:
                 continue
             plate = replace(plate, rows=jnp.arange(plate.subsample_size))
-            own = _provenance(model, args, kwargs, plate, lambda s: not predicted(s))
-            if own and not _data_follow_rows(model, args, kwargs, plate, predicted):
+            own = _densities_made_from(*run, plate, lambda site: not predicted(site))
+            if own and not _data_follow_rows(*run, plate, predicted):
                 done.add(key)
                 warning = _not_indexed_message(plate, sorted(own), "Predictive")
                 break
@@ -250,21 +250,10 @@ def _sites_outside(
     or "given" by arguments of the model. Sites in a subsampled plate of their own have
     the scale of that and are left out.
     """
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    data = {
-        i: leaf
-        for i, leaf in enumerate(leaves)
-        if isinstance(leaf, jax.Array | np.ndarray | np.number)
-    }
     frames: dict[str, set[str]] = {}
     unscaled: set[str] = set()
 
-    def densities_and_scales(data: dict[int, Any], **marks: Any) -> dict[str, Any]:
-        given = [data.get(i, leaf) for i, leaf in enumerate(leaves)]
-        args, kwargs = jax.tree.unflatten(structure, given)
-        own = {plate.name: marks[str(i)] for i, plate in enumerate(plates)}
-        with hidden_run(), trace() as sites, _Marked(own):
-            model(*args, **kwargs)
+    def densities_and_scales(sites: dict[str, Any]) -> dict[str, Any]:
         subsampled = {
             site["name"]
             for site in sites.values()
@@ -283,13 +272,19 @@ def _sites_outside(
             found[name] = _log_density(site), jnp.asarray(scale)
         return found
 
+    def marked(**marks: Any) -> _Marked:
+        return _Marked({plate.name: marks[str(i)] for i, plate in enumerate(plates)})
+
     marks = {str(i): np.True_ for i, _ in enumerate(plates)}
-    made_from = internals.eval_provenance(densities_and_scales, data=data, **marks)
+    run = (model, args, kwargs)
+    made_from = _provenance(
+        *run, densities_and_scales, lambda leaf: True, marked, marks
+    )
     found = {}
     for name, (density, scale) in made_from.items():
         for i, plate in enumerate(plates):
             if str(i) in density and plate.name not in frames[name]:
-                how = "given" if "data" in scale else "constant"
+                how = "given" if "arguments" in scale else "constant"
                 found[name] = plate, "none" if name in unscaled else how
                 break
     return found
@@ -372,54 +367,97 @@ class _ParamsOfAnyRows(Handler):
         msg["kwargs"] = {**msg["kwargs"], "event_dim": None}
 
 
-def _provenance(
+def _densities_made_from(
     run: Callable,
     args: tuple,
     kwargs: dict[str, Any],
     plate: PlateRows,
     wanted: Callable[[dict[str, Any]], bool],
-    inside: AbstractContextManager | None = None,
     *,
     data: bool = False,
 ) -> dict[str, frozenset[str]]:
     """Return what the density of sites in a plate is made from, by data flow.
 
-    That is "rows" for the rows of the plate and, with `data`, "arrays" for those among
-    the arguments, or an observed constant that differs from row to row.
+    That is "rows" for the rows of the plate and, with `data`, "arguments" for arrays
+    among these that are as long as the rows, or for an observed constant that differs
+    from row to row. Parameters of the model then do not count.
     """
-    name = plate.name
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = {
-        i: leaf
-        for i, leaf in enumerate(leaves)
-        if data
-        and isinstance(leaf, jax.Array | np.ndarray)
-        and plate.subsample_size in leaf.shape
-    }
     constant_data: set[str] = set()
 
-    def log_densities(rows: jax.Array, arrays: dict[int, Any]) -> dict[str, jax.Array]:
-        given = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-        args, kwargs = jax.tree.unflatten(structure, given)
-        pins = substitute(data={name: rows})
-        with pins, hidden_run(), trace() as sites, inside or nullcontext():
-            run(*args, **kwargs)
-        log_densities = {}
-        for site in sites.values():
+    def densities(sites: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for name, site in sites.items():
             if site["type"] != "sample" or not wanted(site):
                 continue
-            if name not in {frame.name for frame in site["cond_indep_stack"]}:
-                continue
-            if data and site["is_observed"] and _differs_by_row(site["value"]):
-                constant_data.add(site["name"])
-            log_densities[site["name"]] = _log_density(site)
-        return log_densities
+            if plate.name in {frame.name for frame in site["cond_indep_stack"]}:
+                found[name] = _log_density(site)
+                if data and site["is_observed"] and _differs_by_row(site["value"]):
+                    constant_data.add(name)
+        return found
 
-    found = internals.eval_provenance(log_densities, rows=plate.rows, arrays=arrays)
+    def pinned(rows: jax.Array) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(substitute(data={plate.name: rows}))
+        if data:
+            stack.enter_context(_ParamsOfAnyRows())
+        return stack
+
+    def is_data(leaf: Any) -> bool:
+        return data and plate.subsample_size in jnp.shape(leaf)
+
+    rows = {"rows": plate.rows}
+    found = _provenance(run, args, kwargs, densities, is_data, pinned, rows)
     return {
-        site: made_from | {"arrays"} if site in constant_data else made_from
+        site: made_from | {"arguments"} if site in constant_data else made_from
         for site, made_from in found.items()
     }
+
+
+def _provenance(
+    run: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    describe: Callable[[dict[str, Any]], Any],
+    is_data: Callable[[Any], bool],
+    inside: Callable[..., AbstractContextManager],
+    inputs: dict[str, Any],
+) -> Any:
+    """Return, by data flow, what is made from what in a hidden run.
+
+    Parameters
+    ----------
+    run, args, kwargs : callable, tuple, dict
+        What runs, and what it is called with.
+    describe : callable
+        Makes a tree of arrays of the sites.
+    is_data : callable
+        Tells whether an array among the arguments counts as "arguments".
+    inside : callable
+        Makes of the inputs the handlers to run in.
+    inputs : dict of str to array
+        Other things to be made from, by name.
+
+    Returns
+    -------
+    tree of frozenset
+        For each of the described arrays, the names that it is made from.
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = (jax.Array, np.ndarray, np.number)
+    arguments = {
+        i: leaf
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, arrays) and is_data(leaf)
+    }
+
+    def described(arguments: dict[int, Any], **inputs: Any) -> Any:
+        traced = [arguments.get(i, leaf) for i, leaf in enumerate(leaves)]
+        args, kwargs = jax.tree.unflatten(structure, traced)
+        with hidden_run(), trace() as sites, inside(**inputs):
+            run(*args, **kwargs)
+        return describe(sites)
+
+    return internals.eval_provenance(described, arguments=arguments, **inputs)
 
 
 def _differs_by_row(value: Any) -> bool:
