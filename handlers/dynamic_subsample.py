@@ -38,9 +38,11 @@ class dynamic_subsample(ModelCall):
         inside it.
     model : callable, optional
         The model whose plates the guide follows; by default the autoguide's own.
-    rows : dict of str to str or int, optional
-        For each plate whose rows arrive in an argument of the model, the name of that
-        argument, or its position. So a loop that knows nothing of rows can train.
+    rows, valid : dict of str to str or int, optional
+        For each plate whose rows, or the count of those that are valid, arrive in an
+        argument of the model, the name of that argument, or its position. So a loop
+        that knows nothing of rows can train. Counts need the context, which reaches
+        the model.
 
     Raises
     ------
@@ -97,21 +99,23 @@ class dynamic_subsample(ModelCall):
         *,
         model: Callable | None = None,
         rows: Mapping[str, str | int] | None = None,
+        valid: Mapping[str, str | int] | None = None,
     ) -> None:
         if type(guide) is dynamic_subsample:
+            valid = valid or guide._valid
             guide, model, rows = guide.fn, model or guide._model, rows or guide._rows
         if guide is not None:
             _check_guide(guide, model)
         super().__init__(guide)
         self._model = model
-        self._rows = dict(rows or {})
+        self._rows, self._valid = dict(rows or {}), dict(valid or {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         guide = self.fn
+        named: dict[str, Any] = {"rows": self._rows, "valid": self._valid}
+        serve = functools.partial(dynamic_subsample, model=self._model, **named)
         if guide is None:
-            (guide,) = args
-            return dynamic_subsample(guide, model=self._model, rows=self._rows)
-        serve = functools.partial(dynamic_subsample, model=self._model, rows=self._rows)
+            return serve(*args)
         if isinstance(guide, Messenger) and guide.fn is not None:
             # A handler around the guide: it stays around what is served.
             with internals.replaced(guide, fn=serve(guide.fn)):
@@ -124,7 +128,7 @@ class dynamic_subsample(ModelCall):
             in_context = internals.find(dynamic_subsample) is not None
             if not in_context and not _knows_its_parts(guide):
                 _route_autoguides(changes)
-            return call_guide(guide, model, args, kwargs, rows=self._rows)
+            return call_guide(guide, model, args, kwargs, **named)
 
     def __enter__(self) -> dynamic_subsample:
         if internals.find(dynamic_subsample) is None:
@@ -180,14 +184,15 @@ class dynamic_subsample(ModelCall):
         inside = [] if self.fn is None else [repr(self.fn)]
         inside += [] if self._model is None else [f"model={self._model!r}"]
         inside += [f"rows={self._rows!r}"] if self._rows else []
+        inside += [f"valid={self._valid!r}"] if self._valid else []
         return f"dynamic_subsample({', '.join(inside)})"
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (self.fn, self._model, self._rows)
+        return _rebuild, (self.fn, self._model, self._rows, self._valid)
 
 
 # Attributes of a wrapper that are never its guide's.
-_OWN = ("fn", "_model", "_rows", "_routes", "_changes", "_unserved")
+_OWN = ("fn", "_model", "_rows", "_valid", "_routes", "_changes", "_unserved")
 
 
 def _knows_its_parts(guide: Any) -> bool:
@@ -197,8 +202,8 @@ def _knows_its_parts(guide: Any) -> bool:
     return isinstance(guide, AutoGuide)
 
 
-def _rebuild(guide: Any, model: Any, rows: Any) -> dynamic_subsample:
-    return dynamic_subsample(guide, model=model, rows=rows)
+def _rebuild(guide: Any, model: Any, rows: Any, valid: Any) -> dynamic_subsample:
+    return dynamic_subsample(guide, model=model, rows=rows, valid=valid)
 
 
 def _check_guide(guide: Any, model: Callable | None) -> None:

@@ -37,6 +37,8 @@ class GuideCall(Handler):
         with the last of them.
     plates : dict of str to PlateRows, optional
         The records, where they are known already.
+    counts : dict of str to int, optional
+        For some plates, how many of their rows are valid.
 
     Attributes
     ----------
@@ -59,8 +61,10 @@ class GuideCall(Handler):
         *,
         needs: Iterable[str] | None = None,
         plates: dict[str, PlateRows] | None = None,
+        counts: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self._counts = counts or {}
         self.run = (model, args, kwargs)
         self.plates = dict(plates or {})
         self.latents: dict[str, list[str]] = {}
@@ -219,7 +223,10 @@ class GuideCall(Handler):
             # If a handler outside pins another number of rows than the model asks for,
             # NumPyro warns of it once, at the model's own plate.
             msg["args"] = (size, rows.shape[0])
-            self.plates[msg["inside"]] = replace(plate, name=msg["name"], rows=rows)
+            count = self._counts.get(msg["inside"])
+            self.plates[msg["inside"]] = replace(
+                plate, name=msg["name"], rows=rows, valid=count
+            )
             self._made.add(msg["inside"])
         elif not self.in_context:
             for plate in internals.plates_around(self):

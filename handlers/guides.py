@@ -31,6 +31,7 @@ from .alignment import check_drawn_rows, check_scales, looked_at
 from .guide_call import GuideCall
 from .internals import CondIndepStackFrame, Handler
 from .model_call import ModelCall
+from .padding import valid_rows
 from .plates import (
     PlateRows,
     arguments_for_plates,
@@ -82,6 +83,7 @@ def call_guide(
     kwargs: dict[str, Any],
     run: Callable | None = None,
     rows: Mapping[str, str | int] | None = None,
+    valid: Mapping[str, str | int] | None = None,
 ) -> Any:
     """Run a guide so that its plates follow the model's.
 
@@ -95,8 +97,9 @@ def call_guide(
         What both are called with.
     run : callable, optional
         Runs the guide; by default `guide` itself.
-    rows : dict of str to str or int, optional
-        For some plates, the argument of the model that holds their rows.
+    rows, valid : dict of str to str or int, optional
+        For some plates, the argument of the model that holds their rows, or the count
+        of those that are valid.
 
     Returns
     -------
@@ -111,18 +114,27 @@ def call_guide(
     initialised = isinstance(guide, AutoGuide) and guide.prototype_trace is not None
     needs = internals.frames(guide) if initialised else None
     contexts = [h for h in internals.handlers_around() if isinstance(h, ModelCall)]
-    names = dict(ChainMap(dict(rows or {}), *(dict(own._rows) for own in contexts)))
-    pins = arguments_for_plates(model, names, args, kwargs)
+    of_rows = dict(ChainMap(dict(rows or {}), *(dict(h._rows) for h in contexts)))
+    of_counts = dict(ChainMap(dict(valid or {}), *(dict(h._valid) for h in contexts)))
+    pins = arguments_for_plates(model, of_rows, args, kwargs)
     pins = {plate: jnp.asarray(own) for plate, own in pins.items()}
+    counts = arguments_for_plates(model, of_counts, args, kwargs)
+    if counts and not contexts:
+        raise ValueError(
+            f"A wrapped guide alone cannot let the model count the valid rows of "
+            f"plates {sorted(counts)}. Name them to the context, "
+            "dynamic_subsample(valid=...), or to SubsampleSVI."
+        )
 
     def rerun(*args: Any, **kwargs: Any) -> Any:
         return call_guide(guide, model, args, kwargs, run)
 
-    with substitute(data=pins):
-        call = GuideCall(model, args, kwargs, needs=needs)
+    counting = valid_rows(counts) if counts else nullcontext()
+    with substitute(data=pins), counting:
+        call = GuideCall(model, args, kwargs, needs=needs, counts=counts)
         with call, served(guide, call, args, kwargs):
             result = run(*args, **kwargs)
-            for name in pins:
+            for name in {**pins, **counts}:
                 # The model takes the rows of a plate of the guide: there has to be one.
                 plate = call.plate(name)
                 numpyro.plate(name, plate.size, dim=min(plate.dims, default=None))

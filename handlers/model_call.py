@@ -14,6 +14,7 @@ from numpyro.handlers import condition, replay
 
 from . import internals
 from .internals import Handler, Tracer
+from .padding import valid_rows
 from .plates import (
     PlateRows,
     all_in_order,
@@ -37,8 +38,9 @@ class ModelCall(Handler):
     parameters and ``numpyro.subsample`` where NumPyro leaves these as they are.
     """
 
-    # For some plates, the argument of the model that holds their rows.
+    # For some plates, the argument of the model that holds their rows, or their count.
     _rows: Mapping[str, str | int] = MappingProxyType({})
+    _valid: Mapping[str, str | int] = MappingProxyType({})
     _unserved: str | None = None
 
     def __enter__(self) -> Any:
@@ -71,8 +73,10 @@ class ModelCall(Handler):
             return
         if msg["type"] == "plate":
             self._check_rows(msg)
-        elif msg["type"] == "sample" and msg["value"] is not None:
-            self._take_rows(msg)
+        elif msg["type"] == "sample":
+            if msg["value"] is not None:
+                self._take_rows(msg)
+            self._count_valid_rows(msg)
 
     def _check_rows(self, msg: dict[str, Any]) -> None:
         replayed = internals.replayed()
@@ -86,6 +90,16 @@ class ModelCall(Handler):
         # `replay` does so too, but for the trace of `TraceEnum_ELBO`, which has no
         # plates.
         msg["value"] = plate.rows
+
+    def _count_valid_rows(self, msg: dict[str, Any]) -> None:
+        replayed = internals.replayed()
+        noted = {} if replayed is None else internals.noted_plates(replayed.trace)
+        plates = {name: own for name, own in noted.items() if own.valid is not None}
+        if plates:
+            counting = valid_rows({name: own.valid for name, own in plates.items()})
+            for name, plate in plates.items():
+                counting.subsamples[name] = plate.argument is not None
+            counting.process_message(msg)
 
     def _take_rows(self, msg: dict[str, Any]) -> None:
         giver = internals.giver(msg)

@@ -179,24 +179,24 @@ class valid_rows(Handler):
                 )
         self.counts = dict(counts)
         self.capacities: dict[str, int] = {}
-        self._subsamples: dict[str, bool] = {}
+        self.subsamples: dict[str, bool] = {}
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
         if exc_type is not None:
             return
-        if self.counts and not self._subsamples:
+        if self.counts and not self.subsamples:
             raise ValueError(
                 f"No plate was made while valid_rows({sorted(self.counts)}) was "
                 "active. A function that was compiled before keeps the counts that it "
                 "was compiled with: enter valid_rows inside of it, and make the counts "
                 "its arguments."
             )
-        check_names("valid", self.counts, self._subsamples)
+        check_names("valid", self.counts, self.subsamples)
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate":
-            self._subsamples[msg["name"]] = msg["args"][1] is not None
+            self.subsamples[msg["name"]] = msg["args"][1] is not None
         elif msg["type"] == "sample":
             frames = [f for f in msg["cond_indep_stack"] if f.name in self.counts]
             replayed = internals.replayed()
@@ -220,7 +220,7 @@ class valid_rows(Handler):
             if msg["is_observed"]:
                 axis = dim - len(msg["fn"].event_shape)
                 msg["value"] = _repeat_first_row(msg["value"], valid, axis)
-            if not self._subsamples[name]:
+            if not self.subsamples[name]:
                 continue
             if isinstance(count, Tracer):
                 _check_scale_may_be_traced(msg, name, capacity, guide_trace)
@@ -230,7 +230,7 @@ class valid_rows(Handler):
         msg["fn"] = _ValidRowsDistribution(msg["fn"], mask)
 
     def _count(self, name: str, capacity: int) -> Any:
-        if name not in self._subsamples:
+        if name not in self.subsamples:
             raise ValueError(
                 f"Plate '{name}' ({capacity} rows) is made where valid counts cannot "
                 "see it. Make it inside the model, and outside of the body of a scan; "

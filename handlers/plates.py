@@ -75,6 +75,8 @@ class PlateRows:
     gathers : bool
         Whether parameters with ``event_dim`` or ``numpyro.subsample`` stand in the
         plate, as far as the model was read.
+    valid : int or None
+        How many of the rows are valid, where an argument of the model tells.
     """
 
     name: str
@@ -85,6 +87,7 @@ class PlateRows:
     drawn: bool = False
     dims: frozenset[int] = frozenset()
     gathers: bool = False
+    valid: Any = None
 
     @property
     def subsample_size(self) -> int:

@@ -157,3 +157,27 @@ def test_argument_that_the_model_lacks():
     message = r"plate 'docs' .* argument 'batch', but .* \['x', 'd_batch', 'n_batch'\]"
     with handlers.seed(rng_seed=0), pytest.raises(ValueError, match=message):
         guide(X[:3])
+
+
+def test_counts_that_a_context_finds():
+    """Loss and parameters are those of the batch without padding."""
+    rows = np.array(BATCHES[0])
+    (x, d_batch), count = pad_minibatch((X[rows], rows), capacity=5)
+    svi = SVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
+    with dynamic_subsample(rows={"docs": "d_batch"}, valid={"docs": "n_batch"}):
+        state = svi.init(jax.random.key(0), X, d_batch=np.arange(N))
+        step = jax.jit(svi.update)
+        ours = step(state, x, d_batch, n_batch=count)
+        theirs = step(state, X[rows], rows)
+    assert count < len(x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        (svi.get_params(ours[0]), ours[1]),
+        (svi.get_params(theirs[0]), theirs[1]),
+    )
+
+
+def test_counts_that_a_wrapper_cannot_pass_on():
+    guide = dynamic_subsample(AutoNormal(model), valid={"docs": "n_batch"})
+    with handlers.seed(rng_seed=0), pytest.raises(ValueError, match="'docs'.*context"):
+        guide(X[:3], n_batch=2)
