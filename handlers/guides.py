@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpyro
 from numpyro.distributions import Delta
@@ -249,11 +250,32 @@ def _family(
 ) -> AbstractContextManager[None]:
     if guide.create_plates is not None:
         _follow_create_plates(guide, call, args, kwargs)
+    _refuse_supports_by_row(guide, call)
     if isinstance(guide, AutoContinuous):
         return _joint(guide, call)
     if isinstance(guide, AutoSemiDAIS):
         return _local_dais(guide, call)
     return nullcontext()
+
+
+def _refuse_supports_by_row(guide: AutoGuide, call: GuideCall) -> None:
+    """Refuse batches of latents whose support is another one for each row."""
+    for name, site in (guide.prototype_trace or {}).items():
+        if site["type"] != "sample" or site["is_observed"]:
+            continue
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(site["fn"].support)]
+        for frame in site["cond_indep_stack"]:
+            axis = frame.dim - site["fn"].event_dim
+            if not any(len(own) >= -axis and own[axis] > 1 for own in shapes):
+                continue
+            size = internals.full_sizes(guide)[frame.name]
+            if frame.size != size or not call.plate(frame.name, size).in_order:
+                raise ValueError(
+                    f"The support of site '{name}' depends on the row of plate "
+                    f"'{frame.name}' (size {size}), and a guide keeps that of its "
+                    "first call. Sample a latent with one support for all rows, and "
+                    "transform it to that of each row."
+                )
 
 
 def _follow_create_plates(
@@ -302,11 +324,10 @@ def _set_up_prototype(
             _set_up_at_full_size(guide, min(subsampled), call, args, kwargs)
         else:
             internals.set_up_prototype(guide, args, kwargs)
-    elif isinstance(guide, AutoSemiDAIS):
-        internals.set_up_prototype(guide, args, kwargs)
     elif subsampled and getattr(guide.init_loc_fn, "func", None) is init_to_value:
         _set_up_from_values(guide, args, kwargs)
-    elif reordered:
+    elif reordered or not isinstance(guide, AutoGuideList):
+        # A list that NumPyro sets up by itself checks its parts' deterministic sites.
         internals.set_up_prototype(guide, args, kwargs)
     prototype: Any = guide.prototype_trace
     for plate in reordered:

@@ -33,7 +33,7 @@ try:
     plate._subsample, AutoGuide._setup_prototype, Predictive.__call__  # noqa: B018
 except (AttributeError, ImportError) as error:
     raise ImportError(
-        f"numpyro_dynamic_subsample works with numpyro 0.21 and 0.22; of numpyro "
+        "numpyro_dynamic_subsample works with numpyro 0.22; of numpyro "
         f"{version('numpyro')} and jax {version('jax')} it misses: {error}."
     ) from error
 

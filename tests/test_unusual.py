@@ -272,3 +272,20 @@ def test_maximum_likelihood_without_latents(form):
     svi = form(model, guide, optax.sgd(0.1), Trace_ELBO())
     state = svi.init(jax.random.key(0), 4)
     assert guide.median(svi.get_params(svi.update(state, 3)[0])) == {}
+
+
+@pytest.mark.parametrize("first", [jnp.arange(N), jnp.arange(3), PERMUTATION])
+def test_supports_that_depend_on_the_row(first):
+    """A guide would give rows the supports of others."""
+
+    def model(rows):
+        with plate(rows):
+            numpyro.sample("z", dist.Uniform(0, 1 + TRUTH[rows]))
+
+    guide = dynamic_subsample(AutoNormal(model))
+    with handlers.seed(rng_seed=0):
+        if len(first) == N and first[0] == 0:
+            assert guide(first)["z"].shape == (N,)
+        message = r"support of site 'z' depends on the row of plate 'n' \(size 8\)"
+        with pytest.raises(ValueError, match=message):
+            guide(first if first is PERMUTATION else jnp.array([5, 1, 2]))
