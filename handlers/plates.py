@@ -23,7 +23,9 @@ Rules, true everywhere:
 2. A value is either of all rows, in the plate's order, or of the batch, in the batch's
    order. Rows are taken from a value of all rows once, where it enters: a parameter,
    ``numpyro.subsample``, a sample given to ``Predictive``, ``substitute`` or
-   ``condition``. Nothing is taken from a value of the batch, such as a replayed one.
+   ``condition``. Nothing is taken from a value of the batch: one that is replayed, that
+   a function gives, as in MCMC, or that comes in one dict with the plate's rows. Where
+   ``condition`` gives a value that could be either, it is an error.
 3. Pinned rows that are not exactly ``arange(size)`` are a batch like any other, also
    when there are as many of them as the plate has.
 """

@@ -1,5 +1,7 @@
 """The posterior after training on batches, in every way that NumPyro asks for it."""
 
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -257,3 +259,43 @@ def test_memory_is_that_of_the_rows_asked_for():
     memory = compiled.memory_analysis()
     assert memory.output_size_in_bytes <= 1000 * 64 * 4 + 1000
     assert memory.temp_size_in_bytes < 10 * 1000 * 64 * 4
+
+
+def test_draws_of_some_rows_need_memory_of_these():
+    """A thousand draws of all rows would take 4 GB."""
+    code = """
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from numpyro import handlers
+from numpyro.infer.autoguide import AutoNormal
+from numpyro_dynamic_subsample import dynamic_subsample
+
+N = 1_000_000
+
+
+def model(rows):
+    with numpyro.plate("n", N, subsample_size=rows):
+        numpyro.sample("z", dist.Normal(0, 1))
+
+
+guide = dynamic_subsample(AutoNormal(model))
+with handlers.seed(rng_seed=0), handlers.substitute(data={"n": jnp.arange(64)}):
+    guide(64)
+params = {"z_auto_loc": jnp.arange(float(N)), "z_auto_scale": jnp.ones(N)}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = jnp.array([999_999, 5] * 32)
+draws = guide.sample_posterior(
+    jax.random.key(0), params, sample_shape=(1000,), indices={"n": rows}
+)["z"]
+assert draws.shape == (1000, 64)
+assert abs(draws.mean(0) - rows).max() < 0.3
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    kib = int(done.stdout.split()[-1])
+    assert kib < 200_000
