@@ -119,10 +119,8 @@ OPTIM = {
     ("guide", "optim", "batch"),
     [
         ("AutoNormal", "adam", [7, 1]),
-        ("AutoNormal", "adam", range(NEW)),
-        ("AutoDelta", "chain", [7, 1]),
         ("AutoDelta", "accumulating", [0, 1]),
-        ("list", "adam", [7, 1]),
+        ("list", "chain", [7, 1]),
         ("AutoSemiDAIS", "adam", [7, 1]),
         ("by hand", "numpyro", range(NEW)),
     ],

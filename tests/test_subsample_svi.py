@@ -198,7 +198,7 @@ def pair():
     return Pair(model, AutoNormal(model), TraceMeanField_ELBO(num_particles=2))
 
 
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=10, deadline=None, database=None)
 @given(count=st.integers(1, CAPACITY))
 def test_drawn_counts(pair, count):
     pair.check(np.array([6, 1, 7, 2, 0, 4])[:count])
