@@ -39,7 +39,7 @@ def axes_of_leaves(
 
     Parameters
     ----------
-    optim : numpyro.optim._NumPyroOptim
+    optim : optimizer of numpyro.optim
         The optimizer.
     optim_state : pytree of arrays
         Its state, with all rows.

@@ -60,6 +60,7 @@ NAMES = [
     ("AutoNormal", "_prototype_frames"),
     ("AutoNormal", "_prototype_frame_full_sizes"),
     ("AutoNormal", "_init_locs"),
+    ("AutoNormal", "_event_dims"),
     ("AutoNormal", "_postprocess_fn"),
     ("AutoGuideList", "_guides"),
     ("AutoSemiDAIS", "_local_plate"),
