@@ -46,9 +46,6 @@ class GuideCall(Handler):
         The records, by the plates' names inside of the guide.
     latents : dict of str to list
         By plate, the latent sites of the guide in it.
-    gathering : set of str
-        The plates in which parameters or ``numpyro.subsample`` of the model hold rows,
-        as far as it was read.
     in_context : bool
         Whether a context stands around, which checks and rewrites the model's plates.
     """
@@ -72,7 +69,6 @@ class GuideCall(Handler):
         self._of_all_rows = False
         self._made: set[str] = set()
         self._read_whole = False
-        self.gathering: set[str] = set()
         self._around = internals.handlers_around()
         self.in_context = internals.find(ModelCall) is not None
 
@@ -95,8 +91,10 @@ class GuideCall(Handler):
                 raise
             self._of_all_rows = True
             return False
-        self.plates = read | self.plates
-        self.gathering |= {plate.name for plate in read.values() if plate.gathers}
+        for name, plate in read.items():
+            known = self.plates.get(name, plate)
+            gathers = known.gathers or plate.gathers
+            self.plates[name] = replace(known, gathers=gathers)
         self._read_whole = until is None
         return True
 

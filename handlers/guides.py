@@ -157,16 +157,15 @@ def _refuse_what_a_wrapper_cannot_reach(guide: Any, call: GuideCall) -> None:
         except Exception:
             # An autoguide may be called with what its model cannot run on.
             return
-        done |= {("gathers", name) for name in call.gathering}
+        done |= {("gathers", name) for name, p in call.plates.items() if p.gathers}
         done |= {("gathers", "")} if known else set()
     for what, name in sorted(done):
         if what == "gathers" and name:
             call.plate(name)
-    reordered = [p for p in call.plates.values() if p.is_reordered]
-    if reordered:
+    if any(plate.is_reordered for plate in call.plates.values()):
         call.read()
-    for plate in reordered:
-        if plate.name in call.gathering:
+    for plate in call.plates.values():
+        if plate.is_reordered and plate.gathers:
             raise ValueError(
                 f"All {plate.size} rows of plate '{plate.name}' are pinned, but not in "
                 "the plate's order. In the model, NumPyro then leaves parameters with "

@@ -50,12 +50,9 @@ class Handler(Messenger):
 
 # ------------------------------------------------------------------ plates
 
-_Subsample = Callable[[str, int, int | None, int | None], tuple[int, jax.Array]]
-_Make = Callable[..., tuple[int, jax.Array]]
-
 
 @contextmanager
-def plates_made_by(make: _Make) -> Generator[None]:
+def plates_made_by(make: Callable[..., tuple[int, jax.Array]]) -> Generator[None]:
     """Let `make` choose the rows of every new plate, given NumPyro's way of doing so.
 
     NumPyro makes the message of a plate in this one static method. Only here is a
