@@ -76,17 +76,8 @@ class Question:
         given = _params(svi, state_or_params)
         answers, program = [], None
         for number, item in enumerate(tqdm(batches, disable=not progress_bar)):
-            batch = as_minibatch(item)
-            answer, program = self._ask(
-                svi,
-                rng_key,
-                number,
-                given,
-                batch.args,
-                batch.kwargs,
-                batch.indices,
-                batch.valid,
-            )
+            batch = svi._unpacked((as_minibatch(item),), {}, None, None)
+            answer, program = self._ask(svi, rng_key, number, given, *batch)
             answers.append(answer)
         if program is None:
             raise ValueError("There is no batch to predict.")
