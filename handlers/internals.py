@@ -18,11 +18,12 @@ import jax
 import numpyro
 
 try:
-    from jax.core import Tracer
+    from jax.core import Tracer, eval_jaxpr
     from numpyro.contrib.funsor.enum_messenger import enum
     from numpyro.contrib.funsor.enum_messenger import plate as enum_plate
     from numpyro.handlers import condition, mask, replay, scope, substitute, trace
     from numpyro.infer import Predictive
+    from numpyro.infer import util as initialisation
     from numpyro.infer.autoguide import AutoGuide, AutoGuideList, AutoSemiDAIS
     from numpyro.ops.provenance import eval_provenance
     from numpyro.optim import _NumPyroOptim as Optimizer
@@ -31,6 +32,7 @@ try:
 
     # What is used of classes; of their instances, see `tests/test_internals.py`.
     plate._subsample, AutoGuide._setup_prototype, Predictive.__call__  # noqa: B018
+    initialisation.find_valid_initial_params  # noqa: B018
 except (AttributeError, ImportError) as error:
     raise ImportError(
         "numpyro_dynamic_subsample works with numpyro 0.22; of numpyro "
@@ -294,6 +296,57 @@ def forget_first_call(guide: Any) -> None:
     """Let the next call of a guide be its first one."""
     guide.prototype_trace = None
     guide._prototype_frame_full_sizes = {}
+
+
+# ------------------------------------------------------------------ programs
+
+_programs: dict[int, Callable] = {}
+
+
+def compiled(function: Callable, *args: Any) -> Callable:
+    """Compile a function of arrays, or find the program that computes the same.
+
+    The program computes at once, whatever is being traced. What the function closes
+    over is none of its constants, so that other data need no other program.
+    """
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    lowered = jax.jit(partial(eval_jaxpr, jaxpr.jaxpr)).lower(
+        jaxpr.consts, *jax.tree.leaves(args)
+    )
+    program = hash(lowered.as_text())
+    if program not in _programs:
+        _programs[program] = lowered.compile()
+    structure = jax.tree.structure(shapes)
+
+    def run(*args: Any) -> Any:
+        leaves = _programs[program](jaxpr.consts, *jax.tree.leaves(args))
+        return jax.tree.unflatten(structure, leaves)
+
+    return run
+
+
+@contextmanager
+def search_compiled() -> Generator[None]:
+    """Let autoguides look for initial values in one program, instead of in hundreds."""
+    search = initialisation.find_valid_initial_params
+
+    def search_at_once(
+        rng_key: jax.Array, model: Callable, *, prototype_params: Any, **options: Any
+    ) -> Any:
+        def find(rng_key: jax.Array) -> Any:
+            # Not an argument, since JAX would sort its sites: each draws in its turn.
+            options["prototype_params"] = prototype_params
+            return search(rng_key, model, **options)
+
+        try:
+            (params, *others), is_valid = compiled(find, rng_key)(rng_key)
+        except Exception:
+            # The model needs values, or is being traced already.
+            return find(rng_key)
+        return ({name: params[name] for name in prototype_params}, *others), is_valid
+
+    with replaced(initialisation, find_valid_initial_params=search_at_once):
+        yield
 
 
 # ------------------------------------------------------------------ changes, undone

@@ -164,7 +164,7 @@ class SubsampleSVI(SVI):
             Arrays of its own, which a step may be allowed to overwrite.
         """
         args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
-        with self._batch(indices, valid):
+        with self._batch(indices, valid), internals.search_compiled():
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         # The guide keeps its initial values; a step may be allowed to overwrite these.
         return jax.tree.map(jnp.copy, state)

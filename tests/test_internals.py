@@ -1,5 +1,6 @@
 """What this library uses of NumPyro's insides, by name."""
 
+import jax
 import numpyro
 import numpyro.distributions as dist
 import pytest
@@ -34,6 +35,8 @@ OWNERS = {
     "optim": lambda: numpyro.optim,
     "provenance": lambda: provenance,
     "Predictive": lambda: infer.Predictive,
+    "util": lambda: infer.util,
+    "jax": lambda: jax.core,
     "autoguide": lambda: autoguide,
     "AutoNormal": lambda: initialised(AutoNormal(one_latent)),
     "AutoGuideList": lambda: AutoGuideList(one_latent),
@@ -55,6 +58,8 @@ NAMES = [
     ("optim", "_NumPyroOptim"),
     ("provenance", "eval_provenance"),
     ("Predictive", "__call__"),
+    ("util", "find_valid_initial_params"),
+    ("jax", "eval_jaxpr"),
     ("AutoNormal", "prototype_trace"),
     ("AutoNormal", "_setup_prototype"),
     ("AutoNormal", "_prototype_frames"),
