@@ -20,7 +20,9 @@ from numpyro.infer.initialization import init_to_value
 from numpyro.infer.svi import SVIState
 
 from . import internals
-from .guides import autoguides_in, evaluates_first_data, joint_over, undone_on_error
+from .first_call import evaluates_first_data
+from .guides import autoguides_in, joint_over
+from .internals import undone_on_error
 from .optimizers import axes_of_leaves
 from .plates import check_size, read_plates
 from .rowwise import RowParams

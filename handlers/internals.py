@@ -370,6 +370,21 @@ def replaced(owner: Any, **attributes: Any) -> Generator[None]:
 
 
 @contextmanager
+def undone_on_error(owner: Any) -> Generator[None]:
+    """Take back what an error leaves half made, such as a guide's prototype."""
+    before = {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in vars(owner).items()
+    }
+    try:
+        yield
+    except BaseException:
+        vars(owner).clear()
+        vars(owner).update(before)
+        raise
+
+
+@contextmanager
 def without_debugging() -> Generator[None]:
     """Let nothing validate or debug the values that are computed in here."""
     debugs = {"jax_debug_nans": jax.debug_nans, "jax_debug_infs": jax.debug_infs}

@@ -55,6 +55,7 @@ ROWS = {"n": np.arange(4)}
         init_to_mean,
         init_to_sample,
         init_to_feasible,
+        init_to_value(values={"mu": 2.0}),
     ],
     ids=lambda own: getattr(own, "func", own).__name__,
 )
