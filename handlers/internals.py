@@ -59,7 +59,7 @@ def plates_made_by(make: Callable[..., tuple[int, jax.Array]]) -> Generator[None
 
     NumPyro makes the message of a plate in this one static method. Only here is a
     plate met before all handlers, those inside the model too, so that its default rows
-    can be told from rows that somebody pins.
+    can be told from pinned rows.
     """
     with replaced(plate, _subsample=staticmethod(partial(make, plate._subsample))):
         yield
@@ -92,7 +92,7 @@ _default_rows: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def note_default(rows: jax.Array) -> jax.Array:
-    """Remember that nobody pinned these rows, and return them."""
+    """Remember that these rows are not pinned, and return them."""
     _default_rows[id(rows)] = rows
     return rows
 

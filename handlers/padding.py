@@ -76,15 +76,23 @@ def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:
     count = next(iter(lengths.values()))
     if capacity is None:
         capacity = 1 << (count - 1).bit_length()
-    if not isinstance(capacity, int | np.integer):
-        raise ValueError(f"The capacity must be a whole number, not {capacity!r}.")
-    if capacity < count:
-        raise ValueError(
-            f"The batch has {count} rows, more than the capacity of {capacity}. Give a "
-            "capacity of at least that of the largest batch."
-        )
+    capacity = checked_capacity(capacity, count)
     padded = [repeat_last_row(array, capacity) for array in arrays.values()]
     return tree_unflatten(structure, padded), count
+
+
+def checked_capacity(capacity: Any, count: int, of_plate: str = "") -> int:
+    """Return the capacity, unless a batch of `count` rows cannot be padded to it."""
+    if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer):
+        raise ValueError(
+            f"The capacity{of_plate} must be a whole number, not {capacity!r}."
+        )
+    if capacity < count:
+        raise ValueError(
+            f"The batch has {count} rows{of_plate}, more than the capacity of "
+            f"{capacity}. Give a capacity of at least that of the largest batch."
+        )
+    return int(capacity)
 
 
 def as_array(label: str, leaf: Any) -> np.ndarray | jax.Array:

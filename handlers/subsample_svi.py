@@ -60,7 +60,7 @@ class SubsampleSVI(SVI):
     rowwise : bool, default False
         Let ``update``, ``stable_update``, ``run`` and ``fit`` step on the batch's rows
         alone: of each parameter that holds the rows of a subsampled plate, and of the
-        optimizer's state for it, they take the batch's rows, step as ever, and write
+        optimizer's state for it, they take the batch's rows, step on these, and write
         these rows back. In a compiled step with a donated state,
         ``jax.jit(svi.update, donate_argnums=0)``, time and temporary memory are then
         those of the batch, whatever the size of the plate, if its rows are pinned;
