@@ -35,7 +35,7 @@ try:
     initialisation.find_valid_initial_params  # noqa: B018
 except (AttributeError, ImportError) as error:
     raise ImportError(
-        "numpyro_dynamic_subsample works with numpyro 0.22; of numpyro "
+        "numpyro_dynamic_subsample works with numpyro 0.21 and 0.22; of numpyro "
         f"{version('numpyro')} and jax {version('jax')} it misses: {error}."
     ) from error
 
