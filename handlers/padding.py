@@ -248,12 +248,7 @@ class valid_rows(Handler):
         if isinstance(count, Tracer):
             return count
         count = int(count)  # ty: ignore[invalid-argument-type]
-        if not 1 <= count <= capacity:
-            raise ValueError(
-                f"The valid count of plate '{name}' is {count}, but must be between 1 "
-                f"and {capacity}, the rows that the plate takes. Skip a step that has "
-                "no valid row, and pad larger batches to a larger capacity."
-            )
+        check_count(name, count, capacity)
         return count
 
     def _check_guide_site(
@@ -297,6 +292,16 @@ class _ValidRowsDistribution(MaskedDistribution):
             return super().log_prob(value)
         log_prob = self.base_dist.log_prob(value, intermediates)
         return jnp.where(self._mask, log_prob, 0.0)
+
+
+def check_count(name: str, count: int, capacity: int) -> None:
+    """Refuse a valid count that does not fit the rows that a plate takes."""
+    if not 1 <= count <= capacity:
+        raise ValueError(
+            f"The valid count of plate '{name}' is {count}, but must be between 1 "
+            f"and {capacity}, the rows that the plate takes. Skip a step that has "
+            "no valid row, and pad larger batches to a larger capacity."
+        )
 
 
 def check_names(keyword: str, names: Mapping[str, Any], plates: Iterable) -> None:

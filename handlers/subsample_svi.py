@@ -27,7 +27,7 @@ from .minibatch import Minibatch
 from .model_call import pinned_in_model
 from .padding import check_names, valid_rows
 from .plates import arguments_for_plates, check_rows
-from .predict import Question
+from .predict import Request, predict, unpacked
 from .rowwise import RowSteps
 
 
@@ -461,9 +461,9 @@ class SubsampleSVI(SVI):
         >>> draws = svi.predict(key, state, X[rows], indices={"n": rows})["y"]
         >>> draws = svi.predict(key, state, X_new, unseen=["n"])["y"]
         """
-        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
-        question = Question(num_samples, tuple(unseen), _names(return_sites))
-        return question(self, rng_key, state_or_params, args, kwargs, indices, valid)
+        batch = self._unpacked(args, kwargs, indices, valid)
+        request = Request(num_samples, tuple(unseen), _names(return_sites))
+        return predict(self, rng_key, state_or_params, [batch], request)
 
     def predict_batches(
         self,
@@ -506,10 +506,9 @@ class SubsampleSVI(SVI):
             batch; if a site has the rows of a plate that may be the batch's or not,
             or of two plates of the batch; if there is no batch.
         """
-        question = Question(num_samples, tuple(unseen), _names(return_sites))
-        return question.of_batches(
-            self, rng_key, state_or_params, batches, progress_bar=progress_bar
-        )
+        request = Request(num_samples, tuple(unseen), _names(return_sites))
+        batches = unpacked(self, batches, progress_bar)
+        return predict(self, rng_key, state_or_params, batches, request)
 
     def log_likelihood(
         self,
@@ -542,9 +541,9 @@ class SubsampleSVI(SVI):
         ValueError
             As for ``predict``, and if the model observes nothing.
         """
-        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
-        question = Question(num_samples, tuple(unseen), log_likelihood=True)
-        return question(self, rng_key, state_or_params, args, kwargs, indices, valid)
+        batch = self._unpacked(args, kwargs, indices, valid)
+        request = Request(num_samples, tuple(unseen), log_likelihood=True)
+        return predict(self, rng_key, state_or_params, [batch], request)
 
     def log_likelihood_batches(
         self,
@@ -561,10 +560,9 @@ class SubsampleSVI(SVI):
         Parameters, results and errors are those of ``log_likelihood`` and
         ``predict_batches``.
         """
-        question = Question(num_samples, tuple(unseen), log_likelihood=True)
-        return question.of_batches(
-            self, rng_key, state_or_params, batches, progress_bar=progress_bar
-        )
+        request = Request(num_samples, tuple(unseen), log_likelihood=True)
+        batches = unpacked(self, batches, progress_bar)
+        return predict(self, rng_key, state_or_params, batches, request)
 
     def _step(
         self,
