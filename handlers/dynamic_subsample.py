@@ -18,6 +18,7 @@ from . import internals
 from .alignment import check_predictive
 from .guides import call_guide, model_of
 from .model_call import ModelCall, Samples
+from .plates import Rows
 from .posterior import POSTERIOR_METHODS, call_posterior_method
 
 
@@ -149,7 +150,7 @@ class dynamic_subsample(ModelCall):
         params: dict[str, Any],
         *args: Any,
         sample_shape: tuple[int, ...] = (),
-        indices: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
         **kwargs: Any,
     ) -> dict[str, jax.Array]:
         """Draw latents of all rows, or of some, from the guide.
@@ -193,7 +194,7 @@ class dynamic_subsample(ModelCall):
         )
 
     def median(
-        self, params: dict[str, Any], *, indices: Mapping[str, ArrayLike] | None = None
+        self, params: dict[str, Any], *, indices: Rows | None = None
     ) -> dict[str, jax.Array]:
         """Return the medians of latents of all rows, or of some.
 
@@ -214,7 +215,7 @@ class dynamic_subsample(ModelCall):
         params: dict[str, Any],
         quantiles: ArrayLike,
         *,
-        indices: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
     ) -> dict[str, jax.Array]:
         """Return quantiles of latents of all rows, or of some.
 

@@ -41,11 +41,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from numpyro import handlers
 from numpyro.infer.initialization import init_to_uniform
 
 from . import internals
 from .internals import Handler, Tracer
+
+# By plate: the rows of a batch, shape ``(subsample_size,)``, and how many are valid.
+Rows = Mapping[str, ArrayLike]
+Counts = Mapping[str, ArrayLike]
 
 
 class RowsError(ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from numpyro.distributions.transforms import biject_to
 from numpyro.handlers import block, substitute
 from numpyro.infer import Predictive
@@ -28,13 +27,11 @@ from .guide_call import GuideCall
 from .guides import Serving, is_served, served
 from .model_call import ModelCall, Samples
 from .padding import check_names
-from .plates import as_rows, full_size, take_rows
+from .plates import Rows, as_rows, full_size, take_rows
 
 # Methods that return latents take `indices`.
 _OF_LATENTS = ("sample_posterior", "median", "quantiles")
 POSTERIOR_METHODS = (*_OF_LATENTS, "get_transform", "get_posterior")
-
-Rows = dict[str, jax.Array]
 
 
 def call_posterior_method(
@@ -91,7 +88,7 @@ def call_posterior_method(
         return _latents_and_others(guide, run_with, params, rows, *of_model)
 
 
-def _rows_asked_for(guide: AutoGuide, indices: Mapping[str, ArrayLike]) -> Rows:
+def _rows_asked_for(guide: AutoGuide, indices: Rows) -> dict[str, jax.Array]:
     sizes = internals.full_sizes(guide)
     check_names("indices", indices, sizes)
     rows = {}
@@ -104,7 +101,12 @@ def _rows_asked_for(guide: AutoGuide, indices: Mapping[str, ArrayLike]) -> Rows:
 
 
 def _latents_and_others(
-    guide: AutoGuide, run: Callable, params: dict, rows: Rows, args: tuple, kwargs: dict
+    guide: AutoGuide,
+    run: Callable,
+    params: dict,
+    rows: dict[str, jax.Array],
+    args: tuple,
+    kwargs: dict,
 ) -> Any:
     """Return latents of all rows, or of some, and deterministic sites."""
     prototype: Any = guide.prototype_trace
@@ -134,7 +136,9 @@ def _latents_and_others(
             return latents | predict(jax.random.key(0), *args, **kwargs)
 
 
-def _latents(guide: AutoGuide, run: Callable, params: dict, rows: Rows) -> Any:
+def _latents(
+    guide: AutoGuide, run: Callable, params: dict, rows: dict[str, jax.Array]
+) -> Any:
     """Run a method for the latents alone, which needs no run of the model."""
     prototype: Any = guide.prototype_trace
 
@@ -163,7 +167,9 @@ def _latents(guide: AutoGuide, run: Callable, params: dict, rows: Rows) -> Any:
     return _take_rows(guide, latents, of_sites, rows)
 
 
-def _take_rows(guide: AutoGuide, values: dict, sites: dict, rows: Rows) -> dict:
+def _take_rows(
+    guide: AutoGuide, values: dict, sites: dict, rows: dict[str, jax.Array]
+) -> dict:
     """Take rows of values; `sites` has the site and the event_dim of each."""
     prototype: Any = guide.prototype_trace
     values = dict(values)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO
@@ -17,7 +16,7 @@ from numpyro.infer.svi import SVIState
 from .guides import joint_over
 from .internals import Handler, Optimizer
 from .optimizers import REMEDY, Axes, axes_of_leaves, check_rows_are_apart
-from .plates import all_in_order
+from .plates import Counts, all_in_order
 
 
 class RowParams(Handler):
@@ -159,7 +158,7 @@ class RowSteps:
         step: Callable[[SVIState], tuple[SVIState, Any]],
         evaluate: Callable[[SVIState], Any],
         state: SVIState,
-        valid: Mapping[str, ArrayLike],
+        valid: Counts,
     ) -> tuple[SVIState, Any]:
         """Take one step.
 

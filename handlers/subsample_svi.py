@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
 from numpyro.infer.svi import SVIRunResult, SVIState
@@ -26,7 +25,7 @@ from .internals import Tracer
 from .minibatch import Minibatch
 from .model_call import pinned_in_model
 from .padding import check_names, valid_rows
-from .plates import arguments_for_plates, check_rows
+from .plates import Counts, Rows, arguments_for_plates, check_rows
 from .predict import Request, predict, unpacked
 from .rowwise import RowSteps
 
@@ -143,8 +142,8 @@ class SubsampleSVI(SVI):
         rng_key: jax.Array,
         *args: Any,
         init_params: dict[str, Any] | None = None,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         **kwargs: Any,
     ) -> SVIState:
         """Return the state that training starts from.
@@ -174,8 +173,8 @@ class SubsampleSVI(SVI):
         svi_state: SVIState,
         *args: Any,
         forward_mode_differentiation: bool = False,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
         """Take one step on a batch.
@@ -207,8 +206,8 @@ class SubsampleSVI(SVI):
         svi_state: SVIState,
         *args: Any,
         forward_mode_differentiation: bool = False,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
         """Take one step on a batch, unless its loss or gradients are not finite.
@@ -309,8 +308,8 @@ class SubsampleSVI(SVI):
         self,
         svi_state: SVIState,
         *args: Any,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         **kwargs: Any,
     ) -> SVIState:
         """Go on with plates that have become larger, since data came in.
@@ -372,8 +371,8 @@ class SubsampleSVI(SVI):
         self,
         svi_state: SVIState,
         *args: Any,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the loss of a batch, without a step.
@@ -401,8 +400,8 @@ class SubsampleSVI(SVI):
         *args: Any,
         num_samples: int = 1000,
         return_sites: Sequence[str] | None = None,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         unseen: Sequence[str] = (),
         **kwargs: Any,
     ) -> dict[str, np.ndarray]:
@@ -516,8 +515,8 @@ class SubsampleSVI(SVI):
         state_or_params: SVIState | dict[str, Any],
         *args: Any,
         num_samples: int = 1000,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         unseen: Sequence[str] = (),
         **kwargs: Any,
     ) -> dict[str, np.ndarray]:
@@ -568,8 +567,8 @@ class SubsampleSVI(SVI):
         self,
         step: Callable,
         svi_state: SVIState,
-        indices: Mapping[str, ArrayLike] | None,
-        valid: Mapping[str, ArrayLike] | None,
+        indices: Rows | None,
+        valid: Counts | None,
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[SVIState, Any]:
@@ -590,8 +589,8 @@ class SubsampleSVI(SVI):
         self,
         args: tuple,
         kwargs: dict[str, Any],
-        indices: Mapping[str, ArrayLike] | None,
-        valid: Mapping[str, ArrayLike] | None,
+        indices: Rows | None,
+        valid: Counts | None,
     ) -> tuple[tuple, dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Return arguments, rows and counts, in whatever way they are given."""
         for what, given in (("indices", indices), ("valid", valid)):
@@ -621,9 +620,7 @@ class SubsampleSVI(SVI):
         return args, kwargs, named | dict(indices or {}), counts | dict(valid or {})
 
     @contextmanager
-    def _batch(
-        self, indices: Mapping[str, ArrayLike], valid: Mapping[str, ArrayLike]
-    ) -> Generator[None]:
+    def _batch(self, indices: Rows, valid: Counts) -> Generator[None]:
         """Hold for one step what is known of its batch."""
         # A handler cannot tell this objective from the others; here it is known.
         graph = isinstance(self.loss, TraceGraph_ELBO)
@@ -636,7 +633,7 @@ class SubsampleSVI(SVI):
         with of_step, pinned, counts, watcher, dynamic_subsample():
             yield
 
-    def _check_counts_can_be_used(self, valid: Mapping[str, ArrayLike]) -> None:
+    def _check_counts_can_be_used(self, valid: Counts) -> None:
         if isinstance(self.loss, RenyiELBO):
             what = "RenyiELBO takes the scale of a plate apart from its sites and"
             other = "objective"
@@ -660,7 +657,7 @@ class _PinnedRows(substitute):
 
     data: dict[str, jax.Array]
 
-    def __init__(self, indices: Mapping[str, ArrayLike]) -> None:
+    def __init__(self, indices: Rows) -> None:
         # Made arrays here, once: a loss may compile parts of itself.
         super().__init__(data={n: jnp.asarray(rows) for n, rows in indices.items()})
         self._checked = {
