@@ -4,7 +4,12 @@ import tempfile
 
 # Compiling is what this suite spends its time on. The programs that it compares are
 # compiled alike, and often to the same; processes share what they compile.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
+# NumPyro adds sites up in the order of a set: now it is the same in all processes.
+os.environ.setdefault("PYTHONHASHSEED", "0")
 CACHE = tempfile.mkdtemp() if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None
 if CACHE is not None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE

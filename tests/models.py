@@ -1,8 +1,4 @@
-"""Models with local latents, each with the plates that its guide must have.
-
-Every model takes one static argument, the subsample size; `plates` is the
-hand-written `create_plates` that is correct for it.
-"""
+"""Models, plates, data and guides that several tests have in common."""
 
 from typing import NamedTuple
 
@@ -10,21 +6,138 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
+from numpyro.infer.autoguide import AutoGuideList
 
 N = 8
 X = jnp.asarray(np.random.default_rng(0).normal(size=N))
+TRUTH = jnp.arange(float(N))
 GRID = jnp.arange(6.0)[:, None] + X
 
 
-class Case(NamedTuple):
-    model: object
-    plates: object
+class Tensor:
+    """What torch's tensors have in common with arrays."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype)
+
+
+def guide_list(model, parts, *, hide=(), **options):
+    """A list with a guide for each group of sites: ``{"z y": AutoNormal, ...}``."""
+    guide = AutoGuideList(model)
+    for names, make in parts.items():
+        others = [name for key in parts if key != names for name in key.split()]
+        guide.append(make(handlers.block(model, hide=[*hide, *others]), **options))
+    return guide
+
+
+def initialised(guide, size=4):
+    with handlers.seed(rng_seed=0):
+        guide(size)
+    return guide
+
+
+# ------------------------------------------------------------------ plates
 
 
 def rows_plate(size):
     return numpyro.plate("n", N, subsample_size=size)
+
+
+def plate_of(rows, size=N, *, name="n", pinned=True):
+    """A plate for as many rows as there are, pinned to them or not."""
+    with handlers.substitute(data={name: rows} if pinned else {}):
+        return numpyro.plate(name, size, subsample_size=len(rows))
+
+
+def plate(x, rows):
+    return rows_plate(len(x))
+
+
+def pinned_plate(x, rows):
+    return plate_of(rows)
+
+
+# ------------------------------------------------------------------ of a sliced batch
+
+
+def hierarchy(size=N, name="n", noise=1.0):
+    """A model of a batch of data: a mean, and a latent for each row."""
+
+    def model(batch, noise=noise):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.plate(name, size, subsample_size=len(batch)):
+            z = numpyro.sample("z", dist.Normal(mu, 1))
+            numpyro.sample("y", dist.Normal(z, noise), obs=batch)
+
+    return model
+
+
+def independent(batch, size=N):
+    """A latent for each row, and nothing else."""
+    with numpyro.plate("n", size, subsample_size=len(batch)):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(z, 1), obs=batch)
+
+
+# ------------------------------------------------------------------ of data and rows
+#
+# Where all is right, the latents of row i are trained towards the datum of row i.
+
+
+def latent_and_obs(obs, name="z"):
+    z = numpyro.sample(name, dist.Normal(0, 10))
+    numpyro.sample(f"y_{name}", dist.Normal(z, 1), obs=obs)
+    return z
+
+
+def sliced(x, rows, make=plate):
+    with make(x, rows):
+        latent_and_obs(x)
+
+
+def sliced_and_pinned(x, rows):
+    sliced(x, rows, pinned_plate)
+
+
+def indexing(x, rows, make=plate):
+    with make(x, rows) as idx:
+        z = latent_and_obs(TRUTH[idx])
+        numpyro.deterministic("gap", z - TRUTH[idx])
+
+
+def subsampling(x, rows, make=plate):
+    with make(x, rows):
+        latent_and_obs(numpyro.subsample(TRUTH, event_dim=0))
+
+
+def two_latents(x, rows, make=plate):
+    with make(x, rows) as idx:
+        latent_and_obs(TRUTH[idx], "a")
+        latent_and_obs(-TRUTH[idx], "z")
+
+
+# ------------------------------------------------------------------ of a size
+#
+# Each takes one static argument, the subsample size.
+
+
+class Case(NamedTuple):
+    """A model, and the hand-written `create_plates` that is correct for it."""
+
+    model: object
+    plates: object
+
+
+def local(size):
+    with rows_plate(size) as idx:
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
 
 
 def one_latent(size):

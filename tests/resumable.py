@@ -6,13 +6,12 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
 import orbax.checkpoint as ocp
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
+from models import hierarchy
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 from numpyro_dynamic_subsample.__main__ import newest
 
@@ -21,11 +20,7 @@ SAVE_EVERY = 10
 DATA = np.random.default_rng(0).normal(size=ROWS).astype("f4")
 
 
-def model(batch):
-    mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with numpyro.plate("rows", ROWS, subsample_size=len(batch)):
-        z = numpyro.sample("z", dist.Normal(mu, 1))
-        numpyro.sample("y", dist.Normal(z, 0.5), obs=batch)
+model = hierarchy(ROWS, "rows", 0.5)
 
 
 def step_of(rows):

@@ -15,6 +15,7 @@ import pytest
 from numpyro.infer.svi import SVIState
 from resumable import BATCH, SAVE_EVERY, fit
 
+from checks import assert_equal
 from numpyro_dynamic_subsample.__main__ import newest
 
 SCRIPT = Path(__file__).with_name("resumable.py")
@@ -53,14 +54,6 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def bits(state):
-    def of_leaf(leaf):
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
-
-    return jax.tree.map(of_leaf, state)
-
-
 def test_killed_fit_ends_as_the_uninterrupted_one(tmp_path, capsys):
     state, losses = fit(tmp_path / "whole", np.arange(BATCH))
     step = int(np.random.default_rng(7).integers(3 * SAVE_EVERY, len(losses) // 2))
@@ -74,7 +67,7 @@ def test_killed_fit_ends_as_the_uninterrupted_one(tmp_path, capsys):
         # The guide is built anew, from a first batch of another size.
         resumed, of_rest = fit(directory, np.arange(5))
         assert of_rest == losses[done:]
-        assert bits(resumed) == bits(state)
+        assert_equal(resumed, state)
         refusal = f"Checkpoint {last} in {directory} is damaged: "
         assert (refusal in capsys.readouterr().out) == (directory is cut)
         assert steps_in(directory)[-1] == len(losses)
@@ -103,7 +96,7 @@ def test_cut_checkpoint_is_refused_or_right(directory, capsys):
         cut_short(copy / path.relative_to(directory))
         with ocp.CheckpointManager(copy) as saved:
             step, restored = newest(saved, CONTENTS)
-            assert bits(restored) == bits(state_at(step))
+            assert_equal(restored, state_at(step))
         shutil.rmtree(copy)
         refused += step == 1
     assert capsys.readouterr().out.count("Checkpoint 2 in ") == refused > 1

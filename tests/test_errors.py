@@ -7,6 +7,7 @@ import pytest
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoNormal
 
+from models import plate_of
 from numpyro_dynamic_subsample import dynamic_subsample
 
 
@@ -19,9 +20,7 @@ def model(rows=3, size=8, name="n", dim=None, pins=None):
 
 
 def pinning_two_rows(rows):
-    with handlers.substitute(data={"n": jnp.arange(2)}):
-        plate = numpyro.plate("n", 8, subsample_size=2)
-    with plate:
+    with plate_of(jnp.arange(2)):
         numpyro.sample("z", dist.Normal(0, 1))
 
 

@@ -14,6 +14,8 @@ import pytest
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
+from checks import assert_equal
+from models import Tensor, hierarchy
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 
 ROWS, CAPACITY = 20, 8
@@ -21,11 +23,7 @@ DATA = np.random.default_rng(0).normal(1.0, 1.0, ROWS).astype("f4")
 KEY = jax.random.key(0)
 
 
-def local(y):
-    mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with numpyro.plate("rows", ROWS, subsample_size=len(y)):
-        z = numpyro.sample("z", dist.Normal(mu, 1))
-        numpyro.sample("y", dist.Normal(z, 0.5), obs=y)
+local = hierarchy(ROWS, "rows", 0.5)
 
 
 def mean(y):
@@ -50,19 +48,6 @@ def quiet(svi, *args, **options):
     return svi.fit(KEY, *args, progress_bar=False, **options)
 
 
-def bits(tree):
-    keys = jax.dtypes.prng_key
-    return [
-        np.asarray(jax.random.key_data(a) if jnp.issubdtype(a.dtype, keys) else a)
-        for a in jax.tree.leaves(tree)
-    ]
-
-
-def assert_same(one, other):
-    for a, b in zip(bits(one), bits(other), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 copy = partial(jax.tree.map, jnp.copy)
 
 
@@ -84,19 +69,19 @@ def test_fit_is_the_bare_loop_and_can_be_resumed(options):
 
     whole = quiet(svi, batches, 3, callback=callback)
     assert whole.losses.tolist() == losses
-    assert_same(whole.state, state)
-    assert_same(whole.params, svi.get_params(state))
+    assert_equal(whole.state, state)
+    assert_equal(whole.params, svi.get_params(state))
     assert (whole.compilations, whole.stopped) == (1, None)
     # Batches of 8, 8 and 4: so each row weighs the same.
     expected = np.reshape(losses, (3, 3)) @ [0.4, 0.4, 0.2]
     np.testing.assert_allclose(whole.epoch_losses, expected, rtol=1e-12)
     assert [epoch for epoch, _, _ in seen] == [0, 1, 2]
     assert [loss for _, _, loss in seen] == whole.epoch_losses.tolist()
-    assert_same([state for _, state, _ in seen], states)
+    assert_equal([state for _, state, _ in seen], states)
 
     rest = quiet(svi_of(**options), batches, 3, state=states[0], initial_epoch=1)
     assert rest.losses.tolist() == losses[3:]
-    assert_same(rest.state, state)
+    assert_equal(rest.state, state)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states[0]))
 
 
@@ -133,7 +118,7 @@ def test_early_stopping_hands_back_the_best_state(patience):
     assert 0 < best < len(found) - 1
     assert len(found) == min(best + 1 + patience, 30)
     assert result.stopped == (None if patience == 30 else "patience")
-    assert_same(result.state, states[best])
+    assert_equal(result.state, states[best])
 
 
 def test_validation_draws_the_same_numbers_each_time():
@@ -166,7 +151,7 @@ def test_interrupt_hands_back_what_has_been_reached(where):
     step = jax.jit(svi.update)
     for batch in [*batches(0), *batches(1)][:steps]:
         state, _ = step(state, batch)
-    assert_same(result.state, state)
+    assert_equal(result.state, state)
 
 
 def test_ctrl_c_waits_for_the_end_of_a_step():
@@ -186,7 +171,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step():
     assert result.losses.shape == (2,)
     assert 6 not in runs
     expected = quiet(svi_of(mean), batches[:2])
-    assert_same(result.state, expected.state)
+    assert_equal(result.state, expected.state)
 
 
 def test_second_ctrl_c_does_not_wait():
@@ -245,16 +230,6 @@ def test_loss_that_is_not_finite():
     with pytest.raises(FloatingPointError, match="validation batch 2 of epoch 0"):
         held_out = list(batches(1, bad))
         quiet(svi_of(mean), batches, validation=held_out)
-
-
-class Tensor:
-    """What torch's tensors have in common with arrays."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def __array__(self, dtype=None, copy=None):
-        return np.array(self.values, dtype)
 
 
 def two(x, y):
@@ -318,7 +293,7 @@ def test_fit_that_has_no_epoch_left():
     svi = svi_of(mean)
     done = quiet(svi, batches, 2)
     again = quiet(svi, batches, 2, state=done.state, initial_epoch=2)
-    assert_same(again.state, done.state)
+    assert_equal(again.state, done.state)
     assert len(again.losses) == 0
     with pytest.raises(ValueError, match="No epoch is left after 2 of 2"):
         quiet(svi_of(mean), batches, 2, state=done.state, initial_epoch=2)

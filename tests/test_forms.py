@@ -15,19 +15,13 @@ from numpyro.infer import SVI, Trace_ELBO, autoguide
 from numpyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList, AutoNormal
 from numpyro.primitives import Messenger
 
-from models import N, X, one_latent, rows_plate
+from models import N, X, initialised, one_latent, rows_plate
 from numpyro_dynamic_subsample import dynamic_subsample
 
 
 def rows_of(guide, size, *args):
     trace = handlers.trace(handlers.seed(guide, 0)).get_trace(size, *args)
     return trace["n"]["value"]
-
-
-def initialised(guide, size=4):
-    with handlers.seed(rng_seed=0):
-        guide(size)
-    return guide
 
 
 def hand_written(size):

@@ -22,6 +22,8 @@ from numpyro.infer.autoguide import (
 )
 from numpyro.infer.initialization import init_to_value
 
+from checks import assert_equal
+from models import hierarchy, independent
 from numpyro_dynamic_subsample import SubsampleSVI
 
 OLD, NEW = 6, 9
@@ -41,12 +43,6 @@ def local(x, size, rows=None):
         z = numpyro.sample("z", dist.LogNormal(mu, 1))
         p = numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))
         numpyro.sample("y", dist.Normal(z + p[..., 0], scale), obs=x)
-
-
-def simple(x, size):
-    with numpyro.plate("n", size, subsample_size=len(x)):
-        z = numpyro.sample("z", dist.Normal(0, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=x)
 
 
 def guide_list(model):
@@ -90,21 +86,12 @@ def leading(tree, like):
     return jax.tree.map(lambda a, b: a[tuple(map(slice, jnp.shape(b)))], tree, like)
 
 
-def assert_same(tree, other):
-    assert jax.tree.structure(tree) == jax.tree.structure(other)
-    for leaf, own in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf, own = jax.random.key_data(leaf), jax.random.key_data(own)
-        np.testing.assert_array_equal(leaf, own)
-        assert leaf.dtype == own.dtype
-
-
 # Also where the parameters of new rows start, as far as that is not random.
 GUIDES = {
     "AutoNormal": (AutoNormal, local, {"z_auto_scale": 0.1, "p_auto_scale": 0.1}),
     "AutoDelta": (AutoDelta, local, {}),
     "list": (guide_list, local, {"z_auto_scale": 0.1}),
-    "AutoSemiDAIS": (semi_dais, simple, {"auto_z_0_loc": 0.0, "auto_gamma": 0.9}),
+    "AutoSemiDAIS": (semi_dais, independent, {"auto_z_0_loc": 0.0, "auto_gamma": 0.9}),
     "by hand": (by_hand, local, {"loc": np.arange(OLD + 1, NEW + 1), "p_loc": 1 / 3}),
 }
 OPTIM = {
@@ -133,12 +120,12 @@ def test_old_rows_stay_and_new_rows_are_fresh(guide, optim, batch):
     params = svi.get_params(state)
 
     same = svi.grow(state, data(OLD)[:2], OLD, indices={"n": jnp.array([3, 1])})
-    assert_same(same, state)
+    assert_equal(same, state)
 
     grown = svi.grow(state, data(NEW)[batch], NEW, indices={"n": batch})
-    assert_same(leading(grown, state), state)
+    assert_equal(leading(grown, state), state)
     new_params = svi.get_params(grown)
-    assert_same(leading(new_params, params), params)
+    assert_equal(leading(new_params, params), params)
     lengths = {name: jnp.shape(value)[:1] for name, value in new_params.items()}
     of_rows = {name for name in params if jnp.shape(params[name])[:1] == (OLD,)}
     assert of_rows
@@ -161,7 +148,9 @@ def test_old_rows_stay_and_new_rows_are_fresh(guide, optim, batch):
 
 
 def test_grows_before_the_step_that_needs_it():
-    svi = SubsampleSVI(simple, AutoNormal(simple), optax.sgd(0.1), Trace_ELBO())
+    svi = SubsampleSVI(
+        independent, AutoNormal(independent), optax.sgd(0.1), Trace_ELBO()
+    )
     state = fitted(svi, jnp.arange(3), steps=0)
     with pytest.raises(ValueError, match="size 9 .* 6 rows.*call the method grow"):
         svi.update(state, data(NEW)[:3], NEW, indices={"n": jnp.arange(3)})
@@ -171,8 +160,8 @@ def test_grows_before_the_step_that_needs_it():
 @pytest.mark.parametrize("guide_class", [AutoNormal, AutoDelta])
 def test_values_of_all_rows(guide_class, given):
     values = {"z": 10.0 + jnp.arange(OLD)}
-    guide = guide_class(simple, init_loc_fn=init_to_value(values=values))
-    svi = SubsampleSVI(simple, guide, optax.sgd(0.1), Trace_ELBO())
+    guide = guide_class(independent, init_loc_fn=init_to_value(values=values))
+    svi = SubsampleSVI(independent, guide, optax.sgd(0.1), Trace_ELBO())
     state = fitted(svi, jnp.array([2, 5]), steps=1)
     svi.guide.init_loc_fn = init_to_value(values={"z": 10.0 + jnp.arange(given)})
     before = guide.init_loc_fn
@@ -207,7 +196,7 @@ def test_nested_and_crossed_plates():
     state, _ = svi.update(state, jnp.ones((2, 3)), (4, 5), (2, 3), indices=rows)
     for sizes in [(4, 6), (7, 6)]:
         grown = svi.grow(state, jnp.ones((2, 3)), sizes, (2, 3), indices=rows)
-        assert_same(leading(grown, state), state)
+        assert_equal(leading(grown, state), state)
         shapes = {n: p.shape for n, p in svi.get_params(grown).items() if "loc" in n}
         assert shapes["za_auto_loc"] == (sizes[0], 1)
         assert shapes["zb_auto_loc"] == (sizes[1], 2)
@@ -240,9 +229,9 @@ def across_rows(x, size):
 @pytest.mark.parametrize(
     ("guide", "message"),
     [
-        (AutoDiagonalNormal(simple), r"one joint .* 'n' \(size 6\).* to 9 rows"),
-        (AutoDAIS(simple), r"one joint distribution"),
-        (AutoLaplaceApproximation(simple), r"one joint distribution"),
+        (AutoDiagonalNormal(independent), r"one joint .* 'n' \(size 6\).* to 9 rows"),
+        (AutoDAIS(independent), r"one joint distribution"),
+        (AutoLaplaceApproximation(independent), r"one joint distribution"),
         (fixed_size, r"'n' has size 9 in the model.*6 rows"),
         (by_index, r"'loc'.*\(6,\).*\(9,\).*event_dim"),
         (across_rows, r"'share'.*\(5,\).*\(8,\)"),
@@ -250,18 +239,20 @@ def across_rows(x, size):
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_errors_change_nothing(guide, message):
-    svi = SubsampleSVI(simple, guide, optax.adam(0.1), Trace_ELBO())
+    svi = SubsampleSVI(independent, guide, optax.adam(0.1), Trace_ELBO())
     state = svi.init(jax.random.key(0), data(OLD), OLD)
     before = dict(vars(guide)), svi.constrain_fn
     with pytest.raises(ValueError, match=message):
         svi.grow(state, data(NEW), NEW)
     assert (dict(vars(guide)), svi.constrain_fn) == before
-    assert_same(svi.grow(state, data(OLD), OLD), state)
+    assert_equal(svi.grow(state, data(OLD), OLD), state)
     svi.update(state, data(OLD), OLD)
 
 
 def test_failing_growth_leaves_an_autoguide_as_it_was():
-    svi = SubsampleSVI(simple, AutoNormal(simple), optax.adam(0.1), Trace_ELBO())
+    svi = SubsampleSVI(
+        independent, AutoNormal(independent), optax.adam(0.1), Trace_ELBO()
+    )
     state = svi.init(jax.random.key(0), data(OLD), OLD)
     before = dict(vars(svi.guide.fn)), svi.constrain_fn
     other = SubsampleSVI(local, AutoNormal(local), optax.adam(0.1), Trace_ELBO())
@@ -275,10 +266,10 @@ def test_failing_growth_leaves_an_autoguide_as_it_was():
 @pytest.mark.parametrize("rowwise", [False, True])
 def test_grown_fit_ends_at_the_exact_posterior(rowwise):
     """y ~ Normal(z, 1) with z ~ Normal(0, 1) has the posterior Normal(y/2, 1/2)."""
-    guide = AutoNormal(simple)
+    guide = AutoNormal(independent)
     loss = Trace_ELBO(num_particles=20)
     optim = optax.adam(optax.piecewise_constant_schedule(0.05, {1000: 0.1}))
-    svi = SubsampleSVI(simple, guide, optim, loss, rowwise=rowwise)
+    svi = SubsampleSVI(independent, guide, optim, loss, rowwise=rowwise)
     update = jax.jit(svi.update, static_argnums=2)
     rng = np.random.default_rng(0)
     state = svi.init(jax.random.key(0), data(4), OLD, indices={"n": jnp.arange(4)})
@@ -297,10 +288,7 @@ def test_new_rows_are_folded_in_with_the_rest_held_fixed():
     """Given mu, z has the posterior Normal((mu + 4 y) / 5, 1 / 5)."""
 
     def model(x, size):
-        mu = numpyro.sample("mu", dist.Normal(0, 1))
-        with numpyro.plate("n", size, subsample_size=len(x)):
-            z = numpyro.sample("z", dist.Normal(mu, 1))
-            numpyro.sample("y", dist.Normal(z, 0.5), obs=x)
+        hierarchy(size, noise=0.5)(x)
 
     def labels(params):
         return {n: "rows" if n.startswith("z_") else "others" for n in params}

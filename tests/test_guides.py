@@ -34,7 +34,8 @@ from numpyro.infer.autoguide import (
 )
 from numpyro.infer.reparam import LocScaleReparam
 
-from models import N, X, one_latent, rows_plate
+from checks import assert_same_mean
+from models import N, X, independent, local, one_latent, rows_plate
 from numpyro_dynamic_subsample import dynamic_subsample
 
 
@@ -42,11 +43,6 @@ def losses(svi, state, size, draws=1000, **kwargs):
     keys = jax.random.split(jax.random.key(5), draws)
     evaluate = jax.vmap(lambda k: svi.evaluate(state._replace(rng_key=k), size))
     return np.asarray(jax.jit(evaluate)(keys), float)
-
-
-def assert_same_mean(a, b):
-    error = np.sqrt(a.var() / len(a) + b.var() / len(b))
-    assert abs(a.mean() - b.mean()) < 4 * error + 1e-4
 
 
 def moved_rows(guide, name, sizes, *, model=one_latent, first=4, loss=None):
@@ -162,14 +158,9 @@ def test_multi_sample_guide():
             loc = numpyro.param("loc", jnp.ones(N), event_dim=0)
             numpyro.sample("z", dist.Normal(loc, 1).expand_by([7]).mask(True))
 
-    def model(size):
-        with rows_plate(size) as idx:
-            z = numpyro.sample("z", dist.Normal(0, 1))
-            numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
-
     loss = Trace_ELBO(multi_sample_guide=True)
-    guide = dynamic_subsample(guide, model=model)
-    assert moved_rows(guide, "loc", [1, 5, N], model=model, loss=loss) == [1, 5, N]
+    guide = dynamic_subsample(guide, model=local)
+    assert moved_rows(guide, "loc", [1, 5, N], model=local, loss=loss) == [1, 5, N]
 
 
 @pytest.mark.filterwarnings("ignore:Found auxiliary vars in the model:UserWarning")
@@ -229,13 +220,6 @@ def test_mutable_state_and_flax_modules():
         assert any(jax.tree.leaves(changed))
 
 
-def centred(size):
-    mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with rows_plate(size) as idx:
-        z = numpyro.sample("z", dist.Normal(mu, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
-
-
 AROUND = {
     "reparam": (
         partial(handlers.reparam, config={"z": LocScaleReparam(0)}),
@@ -252,7 +236,7 @@ AROUND = {
 @pytest.mark.parametrize(("around", "site"), AROUND.values(), ids=AROUND)
 @pytest.mark.parametrize("guide_class", [AutoNormal, AutoDiagonalNormal])
 def test_handlers_around_the_model(around, site, guide_class):
-    model = around(centred)
+    model = around(one_latent)
     svi = SVI(
         model, dynamic_subsample(guide_class(model)), optax.sgd(0.1), Trace_ELBO()
     )
@@ -367,12 +351,7 @@ def test_parts_wrapped_one_by_one_share_rows(whole_list_too):
 
 
 def test_first_call_of_a_joint_guide_with_a_sliced_batch():
-    def sliced(batch):
-        with numpyro.plate("n", N, subsample_size=len(batch)):
-            z = numpyro.sample("z", dist.Normal(0, 1))
-            numpyro.sample("y", dist.Normal(z, 1), obs=batch)
-
-    inner = AutoDiagonalNormal(sliced)
+    inner = AutoDiagonalNormal(independent)
     guide = dynamic_subsample(inner)
     state = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(inner).items()}
     for size in (1, 3):
@@ -380,7 +359,7 @@ def test_first_call_of_a_joint_guide_with_a_sliced_batch():
             with pytest.raises(ValueError, match=r"plate 'n' \(size 8\).*svi.init"):
                 guide(X[:size])
         assert vars(inner) == state
-    svi = SVI(sliced, guide, optax.sgd(0.1), Trace_ELBO())
+    svi = SVI(independent, guide, optax.sgd(0.1), Trace_ELBO())
     state = svi.init(jax.random.key(0), X)
     with handlers.substitute(data={"n": jnp.arange(3)}):
         assert jnp.isfinite(svi.update(state, X[:3])[1])

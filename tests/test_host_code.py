@@ -15,12 +15,11 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, init_to_value
 from numpyro.infer.autoguide import (
     AutoDelta,
-    AutoGuideList,
     AutoLaplaceApproximation,
     AutoNormal,
 )
 
-from models import N, X, one_latent, rows_plate
+from models import N, X, guide_list, independent, one_latent, plate_of, rows_plate
 from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample
 
 FORMS = ["wrapper", "context"]
@@ -232,16 +231,11 @@ def test_guide_without_the_models_arguments_gives_all_rows(form, first):
 # ------------------------------------------------------------------ settings of guides
 
 
-def two_parts(model, **kwargs):
-    guide = AutoGuideList(model, **kwargs)
-    guide.append(AutoDelta(handlers.block(model, hide=["z", "y"])))
-    guide.append(AutoDelta(handlers.block(model, hide=["mu", "y"]), **kwargs))
-    return guide
-
-
 def test_list_starts_where_the_user_says():
     init = init_to_value(values={"z": X * 10})
-    svi = svi_of(one_latent, two_parts(one_latent, init_loc_fn=init))
+    parts = {"mu": AutoDelta, "z": AutoDelta}
+    guide = guide_list(one_latent, parts, hide=["y"], init_loc_fn=init)
+    svi = svi_of(one_latent, guide)
     params = svi.get_params(svi.init(jax.random.key(0), 3))
     np.testing.assert_allclose(params["z_auto_loc"], X * 10)
 
@@ -295,14 +289,8 @@ def frozen(x):
         numpyro.sample("z", dist.Normal(loc + 0 * x, 1))
 
 
-def of_batch(x):
-    with numpyro.plate("n", N, subsample_size=len(x)):
-        z = numpyro.sample("z", dist.Normal(0, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=x)
-
-
 def test_error_of_a_guide_that_a_context_does_not_serve():
-    svi = SVI(of_batch, frozen, optax.sgd(0.1), Trace_ELBO())
+    svi = SVI(independent, frozen, optax.sgd(0.1), Trace_ELBO())
     with pytest.raises(Exception) as raised:
         with dynamic_subsample():
             svi.init(jax.random.key(0), X[:3])
@@ -312,7 +300,7 @@ def test_error_of_a_guide_that_a_context_does_not_serve():
 
 
 def test_other_errors_get_no_note():
-    svi = SVI(of_batch, AutoNormal(of_batch), optax.sgd(0.1), Trace_ELBO())
+    svi = SVI(independent, AutoNormal(independent), optax.sgd(0.1), Trace_ELBO())
     with pytest.raises(Exception) as raised:
         with dynamic_subsample():
             svi.init(jax.random.key(0))
@@ -355,8 +343,7 @@ def test_plate_made_outside_of_a_scan_and_entered_inside(form):
     """The pattern of NumPyro's test of subsampling guides, without create_plates."""
 
     def model(batch, rows):
-        with handlers.substitute(data={"n": rows}):
-            plate = numpyro.plate("n", N, subsample_size=len(rows))
+        plate = plate_of(rows)
 
         def step(last, y):
             with plate:

@@ -2,7 +2,6 @@
 
 import jax
 import numpyro
-import numpyro.distributions as dist
 import pytest
 from numpyro import handlers, infer, primitives
 from numpyro.contrib.funsor import enum_messenger
@@ -11,21 +10,8 @@ from numpyro.infer.autoguide import AutoGuideList, AutoNormal, AutoSemiDAIS
 from numpyro.ops import provenance
 
 import numpyro_dynamic_subsample
-from models import N, X, one_latent
+from models import N, initialised, local, one_latent
 from numpyro_dynamic_subsample import internals
-
-
-def local(size):
-    with numpyro.plate("n", N, subsample_size=size) as idx:
-        z = numpyro.sample("z", dist.Normal(0, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
-
-
-def initialised(guide):
-    with handlers.seed(rng_seed=0):
-        guide(4)
-    return guide
-
 
 OWNERS = {
     "primitives": lambda: primitives,

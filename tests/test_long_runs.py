@@ -8,24 +8,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from numpyro.primitives import _PYRO_STACK
 
+from models import hierarchy
 from numpyro_dynamic_subsample import SubsampleSVI, pad_minibatch
 
 ROWS = 100
 DATA = np.linspace(-1, 1, ROWS, dtype="float32")
 
 
-def model(batch):
-    mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with numpyro.plate("rows", ROWS, subsample_size=len(batch)):
-        z = numpyro.sample("z", dist.Normal(mu, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=batch)
+model = hierarchy(ROWS, "rows")
 
 
 def objects():

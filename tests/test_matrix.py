@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from matrix import GUIDES, OBJECTIVES, RULED_OUT, kind_of, markdown, ruled_out
 from numpyro.infer import SVI
 
+from checks import assert_same_mean
 from models import N
 from numpyro_dynamic_subsample import dynamic_subsample
 
@@ -59,12 +60,6 @@ def draws(guide, kind, objectives, form, first, sizes=(N, 3)):
     with dynamic_subsample() if context else nullcontext():
         found = jax.jit(everything)(jax.random.key(0), keys)
     return jax.tree.map(lambda leaf: np.asarray(leaf, float), found)
-
-
-def assert_same_mean(a, b):
-    difference = a.mean(0) - b.mean(0)
-    error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
-    np.testing.assert_array_less(np.abs(difference), 5 * error + 1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Failed to verify mean field:UserWarning")

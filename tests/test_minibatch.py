@@ -8,35 +8,21 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
 import pandas as pd
 import pytest
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
+from checks import assert_close
+from models import Tensor, hierarchy
 from numpyro_dynamic_subsample import Minibatch, SubsampleSVI, minibatch
 
 ROWS = 12
 DATA = np.random.default_rng(0).normal(size=ROWS).astype("f4")
 
 
-def model(y, noise=0.5):
-    mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with numpyro.plate("rows", ROWS, subsample_size=len(y)):
-        z = numpyro.sample("z", dist.Normal(mu, 1))
-        numpyro.sample("y", dist.Normal(z, noise), obs=y)
-
-
-class Tensor:
-    """What torch's tensors have in common with arrays."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def __array__(self, dtype=None, copy=None):
-        return np.array(self.values, dtype)
+model = hierarchy(ROWS, "rows", 0.5)
 
 
 class Pair(NamedTuple):
@@ -171,16 +157,6 @@ def test_mistakes_are_errors(make, message):
         make()
 
 
-def bits(tree):
-    keys = jax.dtypes.prng_key
-    return jax.tree.map(
-        lambda a: np.asarray(
-            jax.random.key_data(a) if jnp.issubdtype(a.dtype, keys) else a
-        ),
-        tree,
-    )
-
-
 @pytest.mark.parametrize(("capacity", "padding"), [(None, []), (6, [11, 11])])
 def test_a_step_is_that_of_indices_and_valid(capacity, padding):
     rows = np.array([2, 7, 7, 11])
@@ -196,9 +172,7 @@ def test_a_step_is_that_of_indices_and_valid(capacity, padding):
     ]
     for step in steps:
         one, other = step(batch), step(DATA[rows], np.float32(0.3), **apart)
-        jax.tree.map(
-            partial(np.testing.assert_allclose, rtol=1e-6), bits(one), bits(other)
-        )
+        assert_close(one, other, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -244,9 +218,7 @@ def test_one_compilation_from_a_loader_and_scan():
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
     scanned, of_scan = jax.lax.scan(update, first, stacked)
     np.testing.assert_allclose(of_scan, losses, rtol=1e-6)
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-5), bits(scanned), bits(state)
-    )
+    assert_close(scanned, state, rtol=1e-5)
 
 
 def test_order_of_the_plates_survives_jax():

@@ -13,6 +13,7 @@ from numpyro import handlers
 from numpyro.infer import NUTS, SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
+from models import N, Tensor, hierarchy, pinned_plate, plate
 from numpyro_dynamic_subsample import (
     MisalignedSubsampleWarning,
     SubsampleSVI,
@@ -22,16 +23,11 @@ from numpyro_dynamic_subsample import (
     pad_minibatch,
 )
 
-N = 8
 X = np.arange(8.0)
 ROWS = np.array([5, 0, 3])
 
 
-def model(x):
-    mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with numpyro.plate("n", N, subsample_size=len(x)):
-        z = numpyro.sample("z", dist.Normal(mu, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=x)
+model = hierarchy()
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["ordinary", "row-wise"])
@@ -143,16 +139,6 @@ def test_what_is_no_guide(guide, message):
         dynamic_subsample(guide)
 
 
-class Tensor:
-    """As torch's, which NumPy can take."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def __array__(self, dtype=None, copy=None):
-        return np.asarray(self.values, dtype)
-
-
 def test_padding_of_what_numpy_can_take():
     padded, count = pad_minibatch((Tensor([1.0, 2.0]), Tensor([4, 1])), 3)
     np.testing.assert_array_equal(padded[0], [1.0, 2.0, 2.0])
@@ -247,10 +233,7 @@ def test_factor_gives_no_warning():
 
 
 def predicting(x, rows=None):
-    pins = {} if rows is None else {"n": rows}
-    with handlers.substitute(data=pins):
-        plate = numpyro.plate("n", N, subsample_size=len(x))
-    with plate:
+    with plate(x, rows) if rows is None else pinned_plate(x, rows):
         z = numpyro.sample("z", dist.Normal(0, 1))
         numpyro.sample("y", dist.Normal(z + x, 1))
 

@@ -20,6 +20,7 @@ from numpyro.optim import (
 )
 from optax import contrib
 
+from checks import compilations
 from numpyro_dynamic_subsample import SubsampleSVI
 
 N, WIDTH = 7, 3
@@ -78,9 +79,6 @@ REFUSED = {
 }
 
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
 def guide(size):
     """Rows in a vector and in a matrix, beside a parameter without rows."""
     mu = numpyro.param("mu", 1.0)
@@ -115,26 +113,17 @@ def test_what_mixes_rows_is_refused(name):
 
 
 def test_a_check_is_one_compilation_and_serves_equal_optimizers():
-    compiled = []
-
-    def listen(event, *_, **__):
-        compiled.extend([event] if event == COMPILED else [])
-
-    def compilations(rate, size):
+    def compiled(rate, size):
         svi = SubsampleSVI(model, guide, optax.adam(rate), Trace_ELBO(), rowwise=True)
         state = svi.init(jax.random.key(0), N)
-        compiled.clear()
-        for _ in range(2):
-            jax.eval_shape(lambda state: svi.update(state, size), state)
-        return len(compiled)
+        with compilations() as found:
+            for _ in range(2):
+                jax.eval_shape(lambda state: svi.update(state, size), state)
+        return len(found)
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        assert compilations(0.3, 2) == 1
-        assert compilations(0.3, 2) == 0
-        assert compilations(0.3, 3) == 1
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled(0.3, 2) == 1
+    assert compiled(0.3, 2) == 0
+    assert compiled(0.3, 3) == 1
 
 
 def test_a_norm_of_gradients_is_that_of_the_ordinary_step():

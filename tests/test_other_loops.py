@@ -15,35 +15,29 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
+from models import N, hierarchy, plate_of
 from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, pad_minibatch
 
-N = 8
 X = np.random.default_rng(0).normal(size=N)
 BATCHES = [[5, 0, 3], [7, 1], [2, 6, 4, 0, 1, 3, 7, 5]]
 
 
 def model(x, d_batch=None, n_batch=None):
-    mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with numpyro.plate("docs", N, subsample_size=len(x)):
-        z = numpyro.sample("z", dist.Normal(mu, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=x)
+    hierarchy(N, "docs")(x)
 
 
 def pinning(x, d_batch):
     """As it would be with the rows pinned by hand."""
-    mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with plate(x, d_batch):
-        z = numpyro.sample("z", dist.Normal(mu, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=x)
+    with handlers.substitute(data={"docs": d_batch}):
+        model(x)
 
 
 def plate(x, d_batch):
-    with handlers.substitute(data={"docs": d_batch}):
-        return numpyro.plate("docs", N, subsample_size=len(x))
+    return plate_of(d_batch, name="docs")
 
 
 def unpinned(x, d_batch):
-    return numpyro.plate("docs", N, subsample_size=len(x))
+    return plate_of(d_batch, name="docs", pinned=False)
 
 
 class PinnedAround(SVI):

@@ -13,6 +13,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import log_density
 
+from checks import compilations
 from numpyro_dynamic_subsample import pad_minibatch
 from numpyro_dynamic_subsample.padding import valid_rows
 
@@ -56,21 +57,12 @@ def test_padding_inside_of_jit():
 def test_padding_jax_arrays_compiles_nothing_for_a_new_size():
     batches = [jnp.asarray(np.zeros(size)) for size in range(21, 31)]
     pad_minibatch(batches.pop(), capacity=37)
-    compiled = []
-
-    def listen(event, *_, **__):
-        if "compile" in event:
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations("compile") as compiled:
         for x in batches:
             pad_minibatch(x, capacity=37)
         assert compiled == []
         batches[0][np.arange(39) % 3].block_until_ready()
         assert compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 X = np.zeros(3)

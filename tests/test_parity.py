@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
@@ -16,17 +15,9 @@ from numpyro.handlers import block, substitute
 from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 
+from checks import assert_equal
 from models import CASES, N, X
 from numpyro_dynamic_subsample import dynamic_subsample
-
-
-def assert_equal(ours, theirs):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(*bits(a, b)), ours, theirs)
-
-
-def bits(*arrays):
-    is_key = jax.dtypes.issubdtype(arrays[0].dtype, jax.dtypes.prng_key)
-    return [jax.random.key_data(a) for a in arrays] if is_key else arrays
 
 
 class Pair:

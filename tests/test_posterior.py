@@ -16,28 +16,22 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
-    AutoGuideList,
     AutoLaplaceApproximation,
     AutoMultivariateNormal,
     AutoNormal,
     AutoSemiDAIS,
 )
 
-from models import N, X
+from models import N, X, guide_list, plate_of
 from numpyro_dynamic_subsample import dynamic_subsample
 
 ROWS = jnp.array([5, 2, 6])
 
 
-def pinned(rows):
-    with handlers.substitute(data={"n": rows}):
-        return numpyro.plate("n", N, subsample_size=len(rows))
-
-
 def indexing(rows, data=X):
     """Gives row i of `doubled` as twice the latent, plus the row's own datum."""
     mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with pinned(rows) as idx:
+    with plate_of(rows) as idx:
         z = numpyro.sample("z", dist.LogNormal(mu, 1))
         numpyro.deterministic("doubled", 2 * z + X[idx])
         numpyro.sample("y", dist.Normal(z, 1), obs=None if data is None else data[idx])
@@ -46,7 +40,7 @@ def indexing(rows, data=X):
 def sliced(rows, data=None):
     data = X[rows] if data is None else data
     mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with pinned(rows):
+    with plate_of(rows):
         z = numpyro.sample("z", dist.LogNormal(mu, 1))
         numpyro.deterministic("doubled", 2 * z + data)
         numpyro.sample("y", dist.Normal(z, 1), obs=data)
@@ -121,19 +115,20 @@ def test_given_arguments_decide(guide_class, model, sample_shape):
     np.testing.assert_allclose(drawn["doubled"], expected, rtol=1e-5)
 
 
+def two_parts():
+    parts = {"mu": AutoNormal, "z": AutoNormal}
+    return guide_list(sliced, parts, hide=["y", "doubled"])
+
+
 def test_parts_of_a_list_answer_for_all_rows():
-    guide = AutoGuideList(sliced)
-    for name, others in (("mu", ["z"]), ("z", ["mu"])):
-        part = handlers.block(sliced, hide=[*others, "y", "doubled"])
-        guide.append(AutoNormal(part, prefix=name))
-    guide, params = trained(guide, sliced, ROWS)
+    guide, params = trained(two_parts(), sliced, ROWS)
     for answer, shape in every_answer(guide, params):
         assert answer["z"].shape == (*shape, N)
 
 
 def test_semi_dais_answers_for_the_rows_asked_for():
     def local(rows):
-        with pinned(rows) as idx:
+        with plate_of(rows) as idx:
             z = numpyro.sample("z", dist.LogNormal(0, 1))
             numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
 
@@ -177,7 +172,7 @@ def everything(rows):
     mu = numpyro.sample("mu", dist.Normal(0, 1))
     numpyro.deterministic("twice", 2 * mu)
     with numpyro.plate("g", 2, dim=-2):
-        with pinned(rows) as idx:
+        with plate_of(rows) as idx:
             z = numpyro.sample("z", dist.LogNormal(mu, 1))
             p = numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))
             numpyro.deterministic("doubled", 2 * z + X[idx])
@@ -222,11 +217,7 @@ def test_some_rows(guide_class, how):
 
 
 def test_some_rows_of_a_list_and_names_that_are_none():
-    guide = AutoGuideList(sliced)
-    for name, others in (("mu", ["z"]), ("z", ["mu"])):
-        part = handlers.block(sliced, hide=[*others, "y", "doubled"])
-        guide.append(AutoNormal(part, prefix=name))
-    guide, params = trained(guide, sliced, ROWS)
+    guide, params = trained(two_parts(), sliced, ROWS)
     some = guide.quantiles(params, [0.1, 0.9], indices={"n": SOME})
     whole = guide.quantiles(params, [0.1, 0.9])
     np.testing.assert_array_equal(some["z"], whole["z"][:, SOME])

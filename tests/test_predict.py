@@ -12,6 +12,7 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from scipy import stats
 
+from models import independent
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 from numpyro_dynamic_subsample.predict import Request
 
@@ -199,9 +200,7 @@ def test_one_compilation_for_each_capacity():
 
     def counted(x):
         runs.append(len(x))
-        with numpyro.plate("n", N, subsample_size=len(x)):
-            z = numpyro.sample("z", dist.Normal(0, 1))
-            numpyro.sample("y", dist.Normal(z, 1), obs=x)
+        independent(x, N)
 
     svi = SubsampleSVI(counted, AutoNormal(counted), optax.sgd(0.1), Trace_ELBO())
     state = svi.init(jax.random.key(0), jnp.zeros(2), indices={"n": jnp.arange(2)})
@@ -354,9 +353,7 @@ def test_memory_is_that_of_the_batch():
     size = 1_000_000
 
     def model(x):
-        with numpyro.plate("n", size, subsample_size=len(x)):
-            z = numpyro.sample("z", dist.Normal(0, 1))
-            numpyro.sample("y", dist.Normal(z, 1), obs=x)
+        independent(x, size)
 
     svi = SubsampleSVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
     rows = {"n": np.arange(64)}

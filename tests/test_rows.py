@@ -1,6 +1,7 @@
 """Which rows of local latents a batch uses, and that they meet their own data."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,51 +13,38 @@ import pytest
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
+from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
+from models import (
+    TRUTH,
+    N,
+    guide_list,
+    indexing,
+    latent_and_obs,
+    pinned_plate,
+    plate,
+    plate_of,
+    sliced_and_pinned,
+    subsampling,
+    two_latents,
+)
 from numpyro_dynamic_subsample import dynamic_subsample
 
-N = 8
-TRUTH = jnp.arange(float(N))
-
-
-def plate(rows):
-    return numpyro.plate("n", N, subsample_size=len(rows))
-
-
-def pinned_plate(rows):
-    with handlers.substitute(data={"n": rows}):
-        return plate(rows)
-
-
-def latent_and_obs(obs):
-    z = numpyro.sample("z", dist.Normal(0, 10))
-    numpyro.sample("y", dist.Normal(z, 1), obs=obs)
-
-
-def indexing(rows, make=pinned_plate):
-    with make(rows) as idx:
-        latent_and_obs(TRUTH[idx])
-
-
-def sliced(rows, make=pinned_plate):
-    with make(rows):
-        latent_and_obs(TRUTH[rows])
-
-
-def subsampling(rows, make=pinned_plate):
-    with make(rows):
-        latent_and_obs(numpyro.subsample(TRUTH, event_dim=0))
-
-
-MODELS = {"indexes": indexing, "sliced": sliced, "subsamples": subsampling}
+pinned_indexing = partial(indexing, make=pinned_plate)
+pinned_subsampling = partial(subsampling, make=pinned_plate)
+MODELS = {
+    "indexes": pinned_indexing,
+    "sliced": sliced_and_pinned,
+    "subsamples": pinned_subsampling,
+}
 
 
 def shuffled_batches(steps):
     rng = np.random.default_rng(0)
     for step in range(steps):
         rows = rng.permutation(N)
-        yield jnp.asarray(rows if step % 2 else rows[: N // 2])
+        rows = jnp.asarray(rows if step % 2 else rows[: N // 2])
+        yield TRUTH[rows], rows
 
 
 def fit(model, guide, steps=400):
@@ -65,9 +53,9 @@ def fit(model, guide, steps=400):
     svi = SVI(model, guide, optim, Trace_ELBO())
     update = jax.jit(svi.update)
     batches = shuffled_batches(steps)
-    state = svi.init(jax.random.key(0), next(batches))
-    for rows in batches:
-        state, _ = update(state, rows)
+    state = svi.init(jax.random.key(0), *next(batches))
+    for batch in batches:
+        state, _ = update(state, *batch)
     return svi.get_params(state)
 
 
@@ -76,48 +64,31 @@ def test_posterior_of_every_row(model):
     """Hand-written plates leave a shuffled full batch in its original order, so that
     latents are trained on other rows' data there."""
     # A wrapped guide alone cannot make the model take a shuffled `numpyro.subsample`.
-    with dynamic_subsample() if model is subsampling else nullcontext():
+    with dynamic_subsample() if model is pinned_subsampling else nullcontext():
         params = fit(model, dynamic_subsample(AutoNormal(model)), steps=1500)
     exact_mean, exact_sd = TRUTH / 1.01, (1 / 1.01) ** 0.5
     np.testing.assert_allclose(params["z_auto_loc"], exact_mean, atol=0.2)
     np.testing.assert_allclose(params["z_auto_scale"], exact_sd, atol=0.1)
 
 
-def two_latents(rows, make=pinned_plate):
-    with make(rows) as idx:
-        a = numpyro.sample("a", dist.Normal(0, 10))
-        numpyro.sample("y_a", dist.Normal(a, 1), obs=TRUTH[idx])
-        b = numpyro.sample("b", dist.Normal(0, 10))
-        numpyro.sample("y_b", dist.Normal(b, 1), obs=-TRUTH[idx])
-
-
 def two_parts(model):
-    guide = AutoGuideList(model)
-    guide.append(AutoDelta(handlers.block(model, hide=["a", "y_a"])))
-    guide.append(AutoDelta(handlers.block(model, hide=["b", "y_b"]), prefix="other"))
-    return guide
+    return guide_list(model, {"z y_z": AutoDelta, "a y_a": AutoDelta})
 
 
 def list_in_list(model):
-    guide = AutoGuideList(model)
-    guide.append(AutoDelta(handlers.block(model, hide=["a", "y_a"])))
-    inner = AutoGuideList(handlers.block(model, hide=["b", "y_b"]))
-    inner.append(AutoDelta(handlers.block(model, hide=["b", "y_b"]), prefix="other"))
-    guide.append(inner)
-    return guide
+    def inner(part):
+        return guide_list(part, {"a y_a": AutoDelta})
+
+    return guide_list(model, {"z y_z": AutoDelta, "a y_a": inner})
 
 
 def with_callable(model):
-    guide = AutoGuideList(model)
-    guide.append(AutoDelta(handlers.block(model, hide=["a", "y_a"])))
-
-    def part(rows, make=None):
+    def part(x, rows):
         with numpyro.plate("n", N, subsample_size=2):
-            loc = numpyro.param("a_other_loc", jnp.full(N, 0.5), event_dim=0)
+            loc = numpyro.param("a_auto_loc", jnp.full(N, 0.5), event_dim=0)
             return {"a": numpyro.sample("a", dist.Delta(loc))}
 
-    guide.append(part)
-    return guide
+    return guide_list(model, {"z y_z": AutoDelta, "a y_a": lambda _: part})
 
 
 LISTS = [two_parts, list_in_list, with_callable]
@@ -126,32 +97,30 @@ LISTS = [two_parts, list_in_list, with_callable]
 @pytest.mark.parametrize("parts", LISTS)
 def test_parts_of_a_list_share_their_rows(parts):
     """With hand-written plates each part of a list draws rows of its own."""
-
-    def drawing(rows):
-        two_latents(rows, plate)
-
-    svi = SVI(drawing, dynamic_subsample(parts(drawing)), optax.sgd(0.1), Trace_ELBO())
-    state = svi.init(jax.random.key(0), range(3))
+    guide = dynamic_subsample(parts(two_latents))
+    svi = SVI(two_latents, guide, optax.sgd(0.1), Trace_ELBO())
+    state = svi.init(jax.random.key(0), range(3), None)
     before = svi.get_params(state)
     for size in (3, 5):
-        moved = svi.get_params(svi.update(state, range(size))[0])
-        a, b = (moved[k] != before[k] for k in ("a_other_loc", "b_auto_loc"))
+        moved = svi.get_params(svi.update(state, range(size), None)[0])
+        a, z = (moved[k] != before[k] for k in ("a_auto_loc", "z_auto_loc"))
         assert a.sum() == size
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, z)
 
 
 def test_list_recovers_every_row():
-    params = fit(two_latents, dynamic_subsample(two_parts(two_latents)))
-    np.testing.assert_allclose(params["a_other_loc"], TRUTH / 1.01, atol=0.02)
-    np.testing.assert_allclose(params["b_auto_loc"], -TRUTH / 1.01, atol=0.02)
+    model = partial(two_latents, make=pinned_plate)
+    params = fit(model, dynamic_subsample(two_parts(model)))
+    np.testing.assert_allclose(params["a_auto_loc"], TRUTH / 1.01, atol=0.02)
+    np.testing.assert_allclose(params["z_auto_loc"], -TRUTH / 1.01, atol=0.02)
 
 
 ROWS = [jnp.array([6, 1, 3]), jnp.array([2]), jnp.arange(N)[::-1]]
 
 
-def latents(guide, params, rows, **kwargs):
+def latents(guide, params, rows, make):
     guide = handlers.substitute(handlers.seed(guide, 0), params)
-    trace = handlers.trace(guide).get_trace(rows, **kwargs)
+    trace = handlers.trace(guide).get_trace(TRUTH[rows], rows, make)
     return trace["n"]["value"], trace["z"]["value"], trace["z"]["scale"]
 
 
@@ -161,14 +130,14 @@ def latents(guide, params, rows, **kwargs):
 def test_pinned_rows_are_the_guides(where, rows, traced):
     guide = dynamic_subsample(AutoDelta(indexing))
     with handlers.seed(rng_seed=0):
-        guide(jnp.arange(4))
+        guide(TRUTH[:4], jnp.arange(4), pinned_plate)
     params = {"z_auto_loc": TRUTH * 10}
 
     def run(rows):
         if where == "in the model":
-            return latents(guide, params, rows)
+            return latents(guide, params, rows, pinned_plate)
         with handlers.substitute(data={"n": rows}):
-            return latents(guide, params, rows, make=plate)
+            return latents(guide, params, rows, plate)
 
     taken, z, scale = (jax.jit(run) if traced else run)(rows)
     np.testing.assert_array_equal(taken, rows)
@@ -181,16 +150,16 @@ def test_pinned_rows_are_the_guides(where, rows, traced):
 def test_pins_of_another_length_than_the_model_asks_for(length):
     """As in the model, so in the guide the pinned rows win."""
 
-    def asks_for_four(rows):
-        indexing(range(4), plate)
+    def asks_for_four():
+        indexing(range(4), None)
 
     guide = dynamic_subsample(AutoDelta(asks_for_four))
     svi = SVI(asks_for_four, guide, optax.sgd(0.5), Trace_ELBO())
-    state = svi.init(jax.random.key(0), None)
+    state = svi.init(jax.random.key(0))
     rows = jnp.arange(N)[::-1][:length]
     before = svi.get_params(state)["z_auto_loc"]
     with handlers.substitute(data={"n": rows}):
-        after = svi.get_params(svi.update(state, None)[0])["z_auto_loc"]
+        after = svi.get_params(svi.update(state)[0])["z_auto_loc"]
     # One step of gradient descent on the exact gradient of the pinned rows.
     grad = N / length * (before / 100 + before - TRUTH)
     expected = before.at[rows].add(-0.5 * grad[rows])
@@ -199,7 +168,7 @@ def test_pins_of_another_length_than_the_model_asks_for(length):
 
 def test_permutation_that_a_model_both_keeps_and_follows():
     def mixed(rows):
-        with pinned_plate(rows) as idx:
+        with plate_of(rows) as idx:
             latent_and_obs(numpyro.subsample(TRUTH, event_dim=0) + TRUTH[idx])
 
     guide = dynamic_subsample(AutoDelta(mixed))
@@ -215,8 +184,7 @@ def test_numpyros_own_pattern_without_create_plates():
 
     def model(batch, rows, full_size):
         drift = numpyro.sample("drift", dist.LogNormal(-1, 0.5))
-        with handlers.substitute(data={"data": rows}):
-            data = numpyro.plate("data", full_size, subsample_size=len(rows))
+        data = plate_of(rows, full_size, name="data")
 
         def transition(z, y):
             with data:
@@ -228,8 +196,7 @@ def test_numpyros_own_pattern_without_create_plates():
         return scan(transition, start, batch, length=3)[1]
 
     def by_hand(batch, rows, full_size):
-        with handlers.substitute(data={"data": rows}):
-            return numpyro.plate("data", full_size, subsample_size=len(rows))
+        return plate_of(rows, full_size, name="data")
 
     data = handlers.seed(model, 0)(None, jnp.arange(10), 10)
     losses = {}

@@ -21,14 +21,14 @@ from numpyro.infer import (
 )
 from numpyro.infer.autoguide import (
     AutoDelta,
-    AutoGuideList,
     AutoMultivariateNormal,
     AutoNormal,
     AutoSemiDAIS,
 )
 from numpyro.optim import Adagrad
 
-from models import CASES, N, X
+from checks import assert_close, assert_equal
+from models import CASES, N, X, guide_list, independent
 from numpyro_dynamic_subsample import SubsampleSVI
 
 pytestmark = pytest.mark.filterwarnings(
@@ -41,11 +41,6 @@ FORGETFUL = {
     "adagrad": optax.adagrad(0.1),
     "numpyro's Adagrad": Adagrad(0.1, momentum=0.0),
 }
-
-
-def assert_equal(ours, theirs):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def train(svi, batches, **static):
@@ -142,12 +137,6 @@ def grid(batch):
         numpyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
 
 
-def local(batch):
-    with numpyro.plate("n", N, subsample_size=len(batch)):
-        z = numpyro.sample("z", dist.Normal(0, 1))
-        numpyro.sample("y", dist.Normal(z, 1.0), obs=batch)
-
-
 def enumerated(batch):
     with numpyro.plate("n", N, subsample_size=len(batch)):
         z = numpyro.sample("z", dist.Normal(0, 1))
@@ -159,14 +148,11 @@ def counting(batch):
     """A model with a state of its own, which counts the steps."""
     steps = numpyro.primitives.mutable("steps", {"count": jnp.zeros(())})
     steps["count"] = steps["count"] + 1
-    local(batch + 0.1 * steps["count"])
+    independent(batch + 0.1 * steps["count"])
 
 
 def two_guides(model):
-    guide = AutoGuideList(model)
-    guide.append(AutoNormal(handlers.block(model, hide=["z"])))
-    guide.append(AutoDelta(handlers.block(model, hide=["scale"]), prefix="delta"))
-    return guide
+    return guide_list(model, {"scale": AutoNormal, "z": AutoDelta})
 
 
 def dais(model):
@@ -180,14 +166,14 @@ def normal_of_z(model):
 SERVED = {
     "AutoDelta": (sliced, AutoDelta, Trace_ELBO()),
     "AutoGuideList": (sliced, two_guides, Trace_ELBO()),
-    "AutoSemiDAIS": (local, dais, Trace_ELBO()),
+    "AutoSemiDAIS": (independent, dais, Trace_ELBO()),
     "by hand": (sliced, lambda model: by_hand, Trace_ELBO()),
     "dims apart": (grid, AutoNormal, Trace_ELBO()),
-    "particles": (local, AutoNormal, Trace_ELBO(num_particles=2)),
+    "particles": (independent, AutoNormal, Trace_ELBO(num_particles=2)),
     "mutable state": (counting, AutoNormal, Trace_ELBO()),
     "TraceMeanField_ELBO": (sliced, AutoNormal, TraceMeanField_ELBO()),
-    "TraceGraph_ELBO": (local, AutoNormal, TraceGraph_ELBO()),
-    "RenyiELBO": (local, AutoNormal, RenyiELBO(num_particles=2)),
+    "TraceGraph_ELBO": (independent, AutoNormal, TraceGraph_ELBO()),
+    "RenyiELBO": (independent, AutoNormal, RenyiELBO(num_particles=2)),
     "TraceEnum_ELBO": (enumerated, normal_of_z, TraceEnum_ELBO()),
 }
 
@@ -208,7 +194,13 @@ def test_lazy_optimizers_let_other_rows_rest():
     rows, others = jnp.array([5, 0, 3]), jnp.array([1, 2, 4, 6, 7])
     batches = pinned(*[rows] * 4)
     svi = [
-        SubsampleSVI(local, AutoNormal(local), optax.adam(0.1), Trace_ELBO(), rowwise=r)
+        SubsampleSVI(
+            independent,
+            AutoNormal(independent),
+            optax.adam(0.1),
+            Trace_ELBO(),
+            rowwise=r,
+        )
         for r in (True, False)
     ]
     start = svi[0].get_params(svi[0].init(jax.random.key(0), *batches[0][0]))
@@ -250,22 +242,23 @@ def test_padded_steps_equal_unpadded_ones(padded_and_not, data):
         # What fills up is any row, be it in the batch or not.
         ours = padded(state, X[rows], indices={"n": rows}, valid={"n": n})
         theirs = unpadded(state, X[rows[:n]], indices={"n": rows[:n]})
-        assert_equal(
-            jax.random.key_data(ours[0].rng_key), jax.random.key_data(theirs[0].rng_key)
-        )
-        assert_equal(ours[0].optim_state, theirs[0].optim_state)
-        assert_equal(ours[1], theirs[1])
+        # Sums of other lengths are rounded otherwise.
+        assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         state = ours[0]
     assert len(compiled) == 1
 
 
 def test_a_run_donates_and_keeps_what_is_the_users():
     ours = SubsampleSVI(
-        local, AutoNormal(local), optax.sgd(0.05), Trace_ELBO(), rowwise=True
+        independent,
+        AutoNormal(independent),
+        optax.sgd(0.05),
+        Trace_ELBO(),
+        rowwise=True,
     )
     theirs = SVI(
-        local,
-        AutoNormal(local, create_plates=plates_of_sliced),
+        independent,
+        AutoNormal(independent, create_plates=plates_of_sliced),
         optax.sgd(0.05),
         Trace_ELBO(),
     )
@@ -284,9 +277,7 @@ def test_a_run_donates_and_keeps_what_is_the_users():
 def test_a_step_costs_the_batch():
     def temporary_bytes(size):
         def model(batch):
-            with numpyro.plate("n", size, subsample_size=len(batch)):
-                z = numpyro.sample("z", dist.Normal(0, 1))
-                numpyro.sample("y", dist.Normal(z, 1.0), obs=batch)
+            independent(batch, size)
 
         svi = SubsampleSVI(
             model, AutoNormal(model), optax.adam(0.1), Trace_ELBO(), rowwise=True
@@ -318,10 +309,7 @@ def across(batch):
 
 
 def list_with_joint(model):
-    guide = AutoGuideList(model)
-    guide.append(AutoDelta(handlers.block(model, hide=["z"])))
-    guide.append(AutoMultivariateNormal(handlers.block(model, hide=["scale"])))
-    return guide
+    return guide_list(model, {"scale": AutoDelta, "z": AutoMultivariateNormal})
 
 
 ADAM = optax.adam(0.1)
@@ -360,7 +348,7 @@ def test_what_cannot_be_done_row_by_row_is_an_error(name):
 
 def test_particles_that_draw_rows_are_refused():
     loss = Trace_ELBO(num_particles=2)
-    svi = SubsampleSVI(local, AutoNormal(local), ADAM, loss, rowwise=True)
+    svi = SubsampleSVI(independent, AutoNormal(independent), ADAM, loss, rowwise=True)
     message = (
         r"2 particles draws rows of its own from plate 'n' \(size 8\).*indices=\{'n'"
     )

@@ -25,12 +25,12 @@ from numpyro.infer.autoguide import (
     AutoDAIS,
     AutoDelta,
     AutoDiagonalNormal,
-    AutoGuideList,
     AutoLaplaceApproximation,
     AutoMultivariateNormal,
     AutoNormal,
 )
 
+from models import guide_list, plate_of
 from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample
 
 N = 6
@@ -46,14 +46,9 @@ BATCHES = {
 }
 
 
-def plate(rows, pinned):
-    with handlers.substitute(data={"n": rows} if pinned else {}):
-        return numpyro.plate("n", N, subsample_size=len(rows))
-
-
 def plain(x, rows, pinned=True):
     """Data that are sliced, and data that the model indexes."""
-    with plate(rows, pinned) as idx:
+    with plate_of(rows, N, pinned=pinned) as idx:
         z = numpyro.sample("z", dist.Normal(0, 10))
         w = numpyro.sample("w", dist.Normal(0, 10))
         numpyro.sample("sliced", dist.Normal(z + w, 1), obs=x)
@@ -62,7 +57,7 @@ def plain(x, rows, pinned=True):
 
 def full(x, rows, pinned=True):
     """Besides, parameters of the model and ``numpyro.subsample``."""
-    with plate(rows, pinned) as idx:
+    with plate_of(rows, N, pinned=pinned) as idx:
         z = numpyro.sample("z", dist.Normal(0, 10))
         w = numpyro.sample("w", dist.Normal(0, 10))
         bias = numpyro.param("bias", jnp.zeros(N), event_dim=0)
@@ -77,16 +72,13 @@ of_small_spread = partial(partial, init_scale=1e-4)
 
 
 def two_parts(model):
-    guide = AutoGuideList(model)
-    of_z = handlers.block(model, hide=[*OBSERVED, "w"])
-    guide.append(AutoNormal(of_z, init_scale=1e-4))
-    guide.append(AutoDelta(handlers.block(model, hide=[*OBSERVED, "z"])))
-    return guide
+    parts = {"z": of_small_spread(AutoNormal), "w": AutoDelta}
+    return guide_list(model, parts, hide=OBSERVED)
 
 
 def by_hand(model):
     def guide(x, rows, pinned=True):
-        with plate(rows, pinned):
+        with plate_of(rows, N, pinned=pinned):
             for name in ("z", "w"):
                 loc = numpyro.param(f"{name}_auto_loc", jnp.zeros(N), event_dim=0)
                 numpyro.sample(name, dist.Normal(loc, 1e-4))
@@ -96,7 +88,7 @@ def by_hand(model):
 
 def by_hand_with_index(model):
     def guide(x, rows, pinned=True):
-        with plate(rows, pinned) as idx:
+        with plate_of(rows, N, pinned=pinned) as idx:
             for name in ("z", "w"):
                 loc = numpyro.param(f"{name}_auto_loc", jnp.zeros(N))
                 numpyro.sample(name, dist.Normal(loc[idx], 1e-4))
@@ -224,7 +216,7 @@ def test_objectives_in_a_context(guide, loss):
 
 def test_multi_sample_guide_in_a_context():
     def guide(x, rows):
-        with plate(rows, True) as idx:
+        with plate_of(rows, N) as idx:
             loc = numpyro.param("z_auto_loc", jnp.zeros(N))[idx]
             for name, value in (("z", loc), ("w", 0 * loc)):
                 numpyro.sample(name, dist.Normal(value, 1e-4).expand_by([3]).mask(True))
@@ -248,7 +240,7 @@ def test_multi_sample_guide_in_a_context():
 
 def doubling(x, rows, pinned=True):
     """Rows in the order of the batch: the latent, less the row's own datum."""
-    with plate(rows, pinned) as idx:
+    with plate_of(rows, N, pinned=pinned) as idx:
         z = numpyro.sample("z", dist.Normal(0, 10))
         numpyro.deterministic("sliced", z - x)
         numpyro.deterministic("indexed", z - jnp.asarray(X)[idx])
@@ -269,7 +261,7 @@ def test_predictive_pairs_rows_with_their_own(given, nested, kind):
     guide = AutoDelta(doubling)
 
     def guide_by_hand(x, rows):
-        with plate(rows, True) as idx:
+        with plate_of(rows, N) as idx:
             numpyro.sample("z", dist.Delta(jnp.asarray(LOC)[idx]))
 
     with ExitStack() as stack:
@@ -363,7 +355,7 @@ def test_what_a_wrapper_alone_cannot_reach():
 
     def model(x, rows):
         mu = numpyro.sample("mu", dist.Normal(0, 1))
-        with plate(rows, True):
+        with plate_of(rows, N):
             bias = numpyro.param("bias", jnp.zeros(N), event_dim=0)
             numpyro.sample("y", dist.Normal(mu + bias, 1), obs=x)
 

@@ -11,7 +11,6 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.infer import (
@@ -24,16 +23,15 @@ from numpyro.infer import (
 )
 from numpyro.infer.autoguide import (
     AutoDelta,
-    AutoGuideList,
     AutoMultivariateNormal,
     AutoNormal,
     AutoSemiDAIS,
 )
 
-from models import CASES
+from checks import assert_close, assert_equal
+from models import CASES, N, guide_list, independent, plate_of
 from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, pad_minibatch
 
-N = 8
 CAPACITY = 6
 ROWS = np.array([5, 0, 3])
 TRUTH = np.arange(float(N)) - 2
@@ -54,23 +52,6 @@ def in_64_bit():
     jax.config.update("jax_enable_x64", False)
 
 
-def assert_close(ours, theirs):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(*bits(a, b), rtol=1e-12, atol=1e-12),
-        ours,
-        theirs,
-    )
-
-
-def assert_equal(ours, theirs):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(*bits(a, b)), ours, theirs)
-
-
-def bits(*arrays):
-    is_key = jax.dtypes.issubdtype(arrays[0].dtype, jax.dtypes.prng_key)
-    return [jax.random.key_data(a) for a in arrays] if is_key else arrays
-
-
 def model(x):
     mu = numpyro.sample("mu", dist.Normal(0, 1))
     with numpyro.plate("n", N, subsample_size=len(x)):
@@ -80,12 +61,7 @@ def model(x):
 
 
 def two_parts(model):
-    guide = AutoGuideList(model)
-    guide.append(AutoNormal(handlers.block(model, hide=["z", "y"])))
-    guide.append(
-        AutoDelta(handlers.block(model, hide=["mu", "s", "y"]), prefix="other")
-    )
-    return guide
+    return guide_list(model, {"mu s": AutoNormal, "z": AutoDelta}, hide=["y"])
 
 
 def by_hand(model):
@@ -510,16 +486,8 @@ def test_capacity_of_the_whole_plate(asked, size):
     assert_close(svi.get_params(after)["z_auto_loc"], expected)
 
 
-def plain(x, size=N, **_):
-    with numpyro.plate("n", size, subsample_size=len(x)):
-        z = numpyro.sample("z", dist.Normal(0, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=x)
-
-
 def pinning(x):
-    with handlers.substitute(data={"n": jnp.arange(len(x))}):
-        plate = numpyro.plate("n", N, subsample_size=len(x))
-    with plate:
+    with plate_of(jnp.arange(len(x))):
         numpyro.sample("z", dist.Normal(0, 1))
 
 
@@ -537,18 +505,48 @@ def subsampling(x):
 
 X4, R4 = np.zeros(4), np.arange(4)
 REFUSED = {
-    "indices of no plate": (plain, X4, {"k": R4}, None, r"indices names.*'k'.*\['n'\]"),
-    "count of no plate": (plain, X4, None, {"k": 2}, r"valid names.*'k'.*\['n'\]"),
-    "count above": (plain, X4, None, {"n": 5}, r"'n' is 5, .*between 1 and 4"),
-    "count below": (plain, X4, {"n": R4}, {"n": 0}, r"'n' is 0, .*between 1 and 4"),
-    "count is a float": (plain, X4, None, {"n": 2.0}, "'n' must be an integer scalar"),
-    "longer": (plain, X4, {"n": np.arange(5)}, None, r"5 rows.*'n'.*takes 4"),
-    "shorter": (plain, X4, {"n": np.arange(3)}, None, r"3 rows.*'n'.*takes 4"),
+    "indices of no plate": (
+        independent,
+        X4,
+        {"k": R4},
+        None,
+        r"indices names.*'k'.*\['n'\]",
+    ),
+    "count of no plate": (
+        independent,
+        X4,
+        None,
+        {"k": 2},
+        r"valid names.*'k'.*\['n'\]",
+    ),
+    "count above": (independent, X4, None, {"n": 5}, r"'n' is 5, .*between 1 and 4"),
+    "count below": (
+        independent,
+        X4,
+        {"n": R4},
+        {"n": 0},
+        r"'n' is 0, .*between 1 and 4",
+    ),
+    "count is a float": (
+        independent,
+        X4,
+        None,
+        {"n": 2.0},
+        "'n' must be an integer scalar",
+    ),
+    "longer": (independent, X4, {"n": np.arange(5)}, None, r"5 rows.*'n'.*takes 4"),
+    "shorter": (independent, X4, {"n": np.arange(3)}, None, r"3 rows.*'n'.*takes 4"),
     "shorter, no subsample": (whole, X4, {"n": R4}, None, r"4 rows.*'n'.*takes 8"),
-    "out of range": (plain, X4, {"n": [0, 1, 2, 8]}, None, r"run from 0 to 8"),
-    "negative": (plain, X4, {"n": [0, 1, 2, -1]}, None, r"run from -1 to 2"),
-    "float": (plain, X4, {"n": R4 * 1.0}, None, r"vector of integers.*float"),
-    "table": (plain, X4, {"n": R4[:, None]}, None, r"vector of integers.*\(4, 1\)"),
+    "out of range": (independent, X4, {"n": [0, 1, 2, 8]}, None, r"run from 0 to 8"),
+    "negative": (independent, X4, {"n": [0, 1, 2, -1]}, None, r"run from -1 to 2"),
+    "float": (independent, X4, {"n": R4 * 1.0}, None, r"vector of integers.*float"),
+    "table": (
+        independent,
+        X4,
+        {"n": R4[:, None]},
+        None,
+        r"vector of integers.*\(4, 1\)",
+    ),
     "model pins": (pinning, X4, {"n": R4}, None, r"model pins the rows of plate 'n'"),
 }
 
@@ -578,7 +576,9 @@ def test_permutation_of_all_rows_without_a_count():
 
 
 def test_renyi():
-    svi = SubsampleSVI(plain, AutoNormal(plain), optax.sgd(0.1), RenyiELBO())
+    svi = SubsampleSVI(
+        independent, AutoNormal(independent), optax.sgd(0.1), RenyiELBO()
+    )
     state = svi.init(jax.random.key(0), X4, indices={"n": R4})
     assert np.isfinite(svi.evaluate(state, X4, indices={"n": R4}))
     with pytest.raises(ValueError, match=r"RenyiELBO.*\['n'\].*without padding"):

@@ -19,22 +19,10 @@ from numpyro.infer.autoguide import (
 )
 from numpyro.infer.util import log_density
 
-from models import N, X, one_latent, rows_plate
+from models import TRUTH, N, X, one_latent, plate_of, rows_plate, sliced_and_pinned
 from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample
 
 PERMUTATION = jnp.array([3, 1, 5, 0, 4, 2, 7, 6])
-TRUTH = jnp.arange(float(N))
-
-
-def plate(rows):
-    with handlers.substitute(data={"n": rows}):
-        return numpyro.plate("n", N, subsample_size=len(rows))
-
-
-def local(x, rows):
-    with plate(rows):
-        z = numpyro.sample("z", dist.Normal(0, 10))
-        numpyro.sample("y", dist.Normal(z, 1), obs=x)
 
 
 def trained(model, guide, context, name="z_auto_loc"):
@@ -59,7 +47,7 @@ def with_condition_fn(x, rows):
 
     def model():
         s = numpyro.sample("s", dist.LogNormal(0, 1))
-        with plate(rows):
+        with plate_of(rows):
             z = numpyro.sample("z", dist.Normal(0, 10))
             numpyro.sample("y", dist.Normal(z, s), obs=x)
 
@@ -67,16 +55,16 @@ def with_condition_fn(x, rows):
 
 
 def with_substitute_inside(x, rows):
-    handlers.substitute(local, data={"z": 10 * TRUTH})(x, rows)
+    handlers.substitute(sliced_and_pinned, data={"z": 10 * TRUTH})(x, rows)
 
 
-MODELS = [local, with_condition_fn, with_substitute_inside]
+MODELS = [sliced_and_pinned, with_condition_fn, with_substitute_inside]
 
 
 @pytest.mark.parametrize("context", [False, True], ids=["wrapper", "context"])
 @pytest.mark.parametrize("model", MODELS)
 def test_rows_are_taken_once_whoever_gives_other_sites(model, context):
-    guide = AutoDelta(handlers.block(local, hide=["s"]))
+    guide = AutoDelta(handlers.block(sliced_and_pinned, hide=["s"]))
     guide = guide if context else dynamic_subsample(guide)
     np.testing.assert_allclose(trained(model, guide, context), TRUTH / 1.01, atol=0.01)
 
@@ -86,7 +74,7 @@ def merged(auto):
 
 
 def list_with_a_function(auto):
-    guide = AutoGuideList(local)
+    guide = AutoGuideList(sliced_and_pinned)
     guide.append(merged(auto))
     return guide
 
@@ -100,15 +88,15 @@ AROUND = {
 
 @pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
 def test_joint_guides_inside_of_functions(around):
-    guide = around(AutoDiagonalNormal(local, init_scale=1e-3))
-    guide = dynamic_subsample(guide, model=local)
-    found = trained(local, guide, False, "auto_loc")
+    guide = around(AutoDiagonalNormal(sliced_and_pinned, init_scale=1e-3))
+    guide = dynamic_subsample(guide, model=sliced_and_pinned)
+    found = trained(sliced_and_pinned, guide, False, "auto_loc")
     np.testing.assert_allclose(found, TRUTH / 1.01, atol=1.0)
 
 
 def test_data_that_the_model_takes_only_later():
     def model(x, rows, more=False):
-        with plate(rows):
+        with plate_of(rows):
             z = numpyro.sample("z", dist.Normal(0, 1))
             x = x + numpyro.subsample(TRUTH, event_dim=0) if more else x
             numpyro.sample("y", dist.Normal(z, 1), obs=x)
@@ -124,7 +112,9 @@ def test_mcmc_in_a_context_has_values_of_its_batch():
     rows = jnp.array([0, 0, 0, 1, 2, 3, 4, 5])
 
     def means():
-        mcmc = MCMC(NUTS(local), num_warmup=200, num_samples=200, progress_bar=False)
+        mcmc = MCMC(
+            NUTS(sliced_and_pinned), num_warmup=200, num_samples=200, progress_bar=False
+        )
         mcmc.run(jax.random.key(0), X[rows], rows)
         return mcmc.get_samples()["z"].mean(0)
 
@@ -136,7 +126,7 @@ def test_mcmc_in_a_context_has_values_of_its_batch():
 def test_log_density_of_samples_of_all_rows():
     args = (X[PERMUTATION], PERMUTATION)
     with dynamic_subsample():
-        found, _ = log_density(local, args, {}, {"z": TRUTH})
+        found, _ = log_density(sliced_and_pinned, args, {}, {"z": TRUTH})
     exact = dist.Normal(0, 10).log_prob(TRUTH) + dist.Normal(TRUTH, 1).log_prob(X)
     np.testing.assert_allclose(found, exact.sum(), rtol=1e-5)
 
@@ -166,7 +156,7 @@ def test_guide_without_the_arguments_that_the_model_wants(model):
 
 def test_posterior_of_a_model_with_assertions():
     def model(x, rows):
-        with plate(rows) as idx:
+        with plate_of(rows) as idx:
             assert len(idx) == len(x)
             z = numpyro.sample("z", dist.Normal(0, 1))
             numpyro.deterministic("gap", z - x)
@@ -242,7 +232,7 @@ def test_joint_guide_with_data_that_broadcast_over_another_plate():
 def test_note_of_an_earlier_program_is_not_kept():
     context = dynamic_subsample()
     with context, handlers.seed(rng_seed=0):
-        local(X, PERMUTATION)
+        sliced_and_pinned(X, PERMUTATION)
     with pytest.raises(ValueError, match="unrelated") as raised, context:
         raise ValueError("unrelated")
     assert not hasattr(raised.value, "__notes__")
@@ -279,7 +269,7 @@ def test_supports_that_depend_on_the_row(first):
     """A guide would give rows the supports of others."""
 
     def model(rows):
-        with plate(rows):
+        with plate_of(rows):
             numpyro.sample("z", dist.Uniform(0, 1 + TRUTH[rows]))
 
     guide = dynamic_subsample(AutoNormal(model))

@@ -1,0 +1,61 @@
+"""How tests compare what they find, and count compilations."""
+
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def numbers(tree):
+    """A tree's leaves as NumPy's arrays, also those that are keys."""
+
+    def of_leaf(leaf):
+        is_key = jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def compare(check, one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(check, numbers(one), numbers(other))
+
+
+def assert_equal(one, other):
+    """Bit for bit."""
+
+    def check(a, b):
+        np.testing.assert_array_equal(a, b, strict=True)
+        assert a.tobytes() == b.tobytes()
+
+    compare(check, one, other)
+
+
+def assert_close(one, other, rtol=1e-12, atol=1e-12):
+    def check(a, b):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+    compare(check, one, other)
+
+
+def assert_same_mean(one, other, errors=5, atol=1e-3):
+    """Within some standard errors, of draws along the first axis."""
+    difference = one.mean(0) - other.mean(0)
+    error = np.sqrt(one.var(0) / len(one) + other.var(0) / len(other))
+    np.testing.assert_array_less(np.abs(difference), errors * error + atol)
+
+
+@contextmanager
+def compilations(name="backend_compile"):
+    """Gather the events with this in their name, which JAX reports as it compiles."""
+    found = []
+
+    def listen(event, *_, **__):
+        found.extend([event] if name in event else [])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
