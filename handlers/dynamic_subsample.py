@@ -366,10 +366,11 @@ def _served_call(run: Any) -> Callable:
 def _aligned_predictions(run: Any) -> Callable:
     @functools.wraps(run)
     def predict(predictive: Any, rng_key: Any, *args: Any, **kwargs: Any) -> Any:
-        if internals.find(Samples) is not None:
-            # A posterior method runs, and has said of which rows its samples are.
-            return run(predictive, rng_key, *args, **kwargs)
-        of_all_rows = predictive.guide is None
+        # A posterior method says itself of which rows its samples are.
+        samples = internals.find(Samples)
+        of_all_rows = (
+            predictive.guide is None if samples is None else samples.of_all_rows
+        )
         if of_all_rows:
             check_predictive(predictive, args, kwargs)
         with Samples(of_all_rows):

@@ -166,8 +166,9 @@ def fit(
     epoch_losses: list[float] = []
     validation_losses: list[float] = []
     best, best_loss, worse = None, np.inf, 0
-    stopped = None
-    with tqdm(unit="step", disable=not progress_bar) as bar:
+    stopped, whole_step = None, _WholeStep()
+    bar = tqdm(unit="step", disable=not progress_bar)
+    with bar, _interrupts_handled_by(whole_step.on_interrupt):
         try:
             for epoch in range(initial_epoch, epochs):
                 bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
@@ -178,7 +179,7 @@ def fit(
                         # `init` also sets up a new SVI that is given a state.
                         fresh = svi.init(rng_key, batch)
                         now = fresh if now is None else now
-                    with _whole_step():
+                    with whole_step:
                         now, loss = step(now, batch)
                         losses.add(batch, loss)
                     bar.update()
@@ -220,32 +221,40 @@ def fit(
     )
 
 
-@contextmanager
-def _whole_step() -> Generator[None]:
-    """Delay Ctrl-C until the end of a step, which deletes its old state at its start.
+class _WholeStep:
+    """Delays Ctrl-C until the end of a step, which deletes its old state at its start.
 
     A second Ctrl-C is not delayed.
     """
-    default, asked = signal.default_int_handler, False
 
-    def on_interrupt(*_: Any) -> None:
-        nonlocal asked
-        if asked:
+    running = interrupted = False
+
+    def __enter__(self) -> None:
+        self.running = True
+
+    def __exit__(self, *_: Any) -> None:
+        self.running = False
+        if self.interrupted:
             raise KeyboardInterrupt
-        asked = True
 
+    def on_interrupt(self, *_: Any) -> None:
+        if self.interrupted or not self.running:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+
+@contextmanager
+def _interrupts_handled_by(handler: Callable) -> Generator[None]:
+    default, main = signal.default_int_handler, current_thread() is main_thread()
     # Only the main thread can set a handler. A handler of the user's is left in place.
-    main = current_thread() is main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not default:
         yield
         return
-    signal.signal(signal.SIGINT, on_interrupt)
+    signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, default)
-    if asked:
-        raise KeyboardInterrupt
 
 
 class _Losses:

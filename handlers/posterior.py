@@ -101,12 +101,7 @@ def _rows_asked_for(guide: AutoGuide, indices: Rows) -> dict[str, jax.Array]:
 
 
 def _latents_and_others(
-    guide: AutoGuide,
-    run: Callable,
-    params: dict,
-    rows: dict[str, jax.Array],
-    args: tuple,
-    kwargs: dict,
+    guide: AutoGuide, run: Callable, params: dict, rows: dict, args: tuple, kwargs: dict
 ) -> Any:
     """Return latents of all rows, or of some, and deterministic sites."""
     prototype: Any = guide.prototype_trace
@@ -136,9 +131,7 @@ def _latents_and_others(
             return latents | predict(jax.random.key(0), *args, **kwargs)
 
 
-def _latents(
-    guide: AutoGuide, run: Callable, params: dict, rows: dict[str, jax.Array]
-) -> Any:
+def _latents(guide: AutoGuide, run: Callable, params: dict, rows: dict) -> Any:
     """Run a method for the latents alone, which needs no run of the model."""
     prototype: Any = guide.prototype_trace
 
@@ -167,9 +160,7 @@ def _latents(
     return _take_rows(guide, latents, of_sites, rows)
 
 
-def _take_rows(
-    guide: AutoGuide, values: dict, sites: dict, rows: dict[str, jax.Array]
-) -> dict:
+def _take_rows(guide: AutoGuide, values: dict, sites: dict, rows: dict) -> dict:
     """Take rows of values; `sites` has the site and the event_dim of each."""
     prototype: Any = guide.prototype_trace
     values = dict(values)
