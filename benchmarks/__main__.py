@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from . import by_hand, fit, peers, ragged, rows, start, steps
+from . import by_hand, fit, peers, predict, ragged, rows, start, steps
 from .pairs import Case, read, table
 
 COMMITTED = Path(__file__).parent
@@ -32,6 +32,7 @@ FAMILIES: dict[str, Callable[..., list[Case]]] = {
     "ragged": ragged.cases,
     "rows": rows.cases,
     "fit": fit.cases,
+    "predict": predict.cases,
     "by-hand": by_hand.cases,
     "start": start.cases,
     "peers": peers.cases,

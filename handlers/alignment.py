@@ -340,7 +340,7 @@ def _drawn_apart_message(plate: PlateRows, latents: list[str], apart: str) -> st
 
 
 def _drawn_apart(call: GuideCall) -> str | None:
-    """Name who runs the model such that it draws other rows than the guide does."""
+    """Name what lets the model draw other rows than the guide, None if nothing does."""
     if not call.in_context and internals.enumerating():
         return "TraceEnum_ELBO"
     # Predictive draws latents first, and runs the model on them later.

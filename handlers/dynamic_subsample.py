@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import jax
+from jax.typing import ArrayLike
 from numpyro.infer import MCMC, SVI
 from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 from numpyro.infer.mcmc import MCMCKernel
@@ -16,6 +18,7 @@ from . import internals
 from .alignment import check_predictive
 from .guides import call_guide, model_of
 from .model_call import ModelCall, Samples
+from .plates import Rows
 from .posterior import POSTERIOR_METHODS, call_posterior_method
 
 
@@ -141,6 +144,104 @@ class dynamic_subsample(ModelCall):
         if internals.find(dynamic_subsample) is None:
             self._routes.close()
 
+    def sample_posterior(
+        self,
+        rng_key: jax.Array,
+        params: dict[str, Any],
+        *args: Any,
+        sample_shape: tuple[int, ...] = (),
+        indices: Rows | None = None,
+        **kwargs: Any,
+    ) -> dict[str, jax.Array]:
+        """Draw latents of all rows, or of some, from the guide.
+
+        Parameters
+        ----------
+        rng_key : jax.Array
+            The random key.
+        params : dict
+            The parameters, as ``svi.get_params`` returns them.
+        *args, **kwargs
+            The arguments of the model for which to compute deterministic sites.
+            Without any, they are computed for the arguments of the first call, if
+            the model runs on all rows with these. Sites that need other arguments are
+            left out, with a warning.
+        sample_shape : tuple of int
+            The shape of the draws.
+        indices : dict of str to array, optional
+            For some plates, the rows whose latents to return, shape ``(count,)``, in
+            this order. Rows that a handler around pins count too.
+
+        Returns
+        -------
+        dict of str to jax.Array
+            By site, draws of shape ``(*sample_shape, ...)``.
+
+        Raises
+        ------
+        ValueError
+            If `indices` name a plate or rows that the model does not have.
+
+        Notes
+        -----
+        For ``AutoNormal`` and ``AutoDelta``, the memory is that of the rows in
+        `indices`. Their draws depend on the number of rows, and on the place of a row
+        among them. A joint guide draws all rows, from which these are taken.
+        """
+        options = {"sample_shape": sample_shape, "indices": indices, **kwargs}
+        return self._run_in_context(
+            "sample_posterior", rng_key, params, *args, **options
+        )
+
+    def median(
+        self, params: dict[str, Any], *, indices: Rows | None = None
+    ) -> dict[str, jax.Array]:
+        """Return the medians of latents of all rows, or of some.
+
+        Parameters
+        ----------
+        params, indices
+            As for ``sample_posterior``.
+
+        Returns
+        -------
+        dict of str to jax.Array
+            By site.
+        """
+        return self._run_in_context("median", params, indices=indices)
+
+    def quantiles(
+        self,
+        params: dict[str, Any],
+        quantiles: ArrayLike,
+        *,
+        indices: Rows | None = None,
+    ) -> dict[str, jax.Array]:
+        """Return quantiles of latents of all rows, or of some.
+
+        Parameters
+        ----------
+        params, indices
+            As for ``sample_posterior``.
+        quantiles : array_like
+            Numbers between 0 and 1, shape ``(count,)``.
+
+        Returns
+        -------
+        dict of str to jax.Array
+            By site, arrays of shape ``(count, ...)``.
+        """
+        return self._run_in_context("quantiles", params, quantiles, indices=indices)
+
+    def _run_in_context(
+        self, method: str, *args: Any, indices: Any = None, **kwargs: Any
+    ) -> Any:
+        """Run a posterior method of the guide where it is served, as its parts are."""
+        if indices is not None:
+            kwargs["indices"] = indices
+        with dynamic_subsample():
+            return getattr(self.fn, method)(*args, **kwargs)
+
     # From here on: to look like the guide. NumPyro tests a guide's class with
     # isinstance and by name, and copies guides.
 
@@ -153,10 +254,8 @@ class dynamic_subsample(ModelCall):
         guide = vars(self).get("fn")
         if guide is None:
             raise AttributeError(f"dynamic_subsample has no attribute '{name}'")
-        if name in POSTERIOR_METHODS and isinstance(guide, AutoGuide):
-            return functools.partial(
-                call_posterior_method, guide, name, getattr(guide, name)
-            )
+        if name in POSTERIOR_METHODS and hasattr(guide, name):
+            return functools.partial(self._run_in_context, name)
         return getattr(guide, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -243,7 +342,7 @@ def _route_autoguides(changes: ExitStack) -> None:
         routed = {name: _ROUTES[name](run) for name, run in own.items() if run}
         changes.enter_context(internals.replaced(guide_class, **routed))
 
-    for guide_class in _subclasses(AutoGuide):
+    for guide_class in (AutoGuide, *_subclasses(AutoGuide)):
         route(guide_class)
     # Classes that are made inside the context.
     changes.enter_context(
@@ -267,7 +366,11 @@ def _served_call(run: Any) -> Callable:
 def _aligned_predictions(run: Any) -> Callable:
     @functools.wraps(run)
     def predict(predictive: Any, rng_key: Any, *args: Any, **kwargs: Any) -> Any:
-        of_all_rows = predictive.guide is None
+        # A posterior method says itself of which rows its samples are.
+        samples = internals.find(Samples)
+        of_all_rows = (
+            predictive.guide is None if samples is None else samples.of_all_rows
+        )
         if of_all_rows:
             check_predictive(predictive, args, kwargs)
         with Samples(of_all_rows):

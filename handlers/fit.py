@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,24 +24,24 @@ Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
 
 class FitResult(NamedTuple):
-    """What ``SubsampleSVI.fit`` has come to.
+    """The result of ``SubsampleSVI.fit``.
 
     Attributes
     ----------
     params : dict
-        The parameters of `state`, as ``svi.get_params`` gives them.
+        The parameters of `state`, as ``svi.get_params`` returns them.
     state : SVIState
-        The last state, or with `patience`, that of the best validation loss.
+        The last state. With `patience`, the state of the best validation loss.
     losses : array of shape (steps,)
         The loss of each step.
     epoch_losses : array of shape (epochs,)
-        The mean loss of each epoch that has been completed.
+        The mean loss of each complete epoch.
     validation_losses : array of shape (epochs,)
-        The same of the validation batches; empty without any.
+        The mean validation loss of each complete epoch. Empty without validation.
     stopped : str or None
         What ended the fit early: ``"patience"``, ``"callback"`` or ``"interrupt"``.
     compilations : int
-        How often the training step has been compiled.
+        How often JAX compiled the training step.
     """
 
     params: dict[str, Any]
@@ -69,45 +68,44 @@ def fit(
     stable_update: bool = False,
     check_finite: bool = True,
 ) -> FitResult:
-    """Train on batches, epoch after epoch, with a step that is compiled once.
+    """Train on batches for several epochs, with one compiled step.
 
     Parameters
     ----------
     rng_key : array
         The random key of ``init`` and of the validation.
     batches : iterable, or callable
-        What an epoch goes through: a list, a loader of grain or torch, or a function
-        that is given the number of the epoch, from 0, and returns one. Its items are
-        those that ``minibatch`` makes. A tuple or list is taken as positional
-        arguments of the model, and anything else as a single one; plates then draw
-        their rows.
+        The batches of an epoch: a list, a loader of grain or torch, or a function that
+        takes the number of the epoch, from 0, and returns an iterable. Each item is a
+        batch that ``minibatch`` makes. A tuple or a list holds positional arguments of
+        the model, and any other item is a single argument; plates then draw their
+        rows.
     epochs : int, default 1
-        How many epochs the fit has, those before `initial_epoch` included.
+        The number of epochs, including those before `initial_epoch`.
     state : SVIState, optional
-        A state to go on from. It is copied. By default, ``init`` makes one from the
+        The state to start from. It is copied. By default, ``init`` makes one from the
         first batch.
     initial_epoch : int, default 0
-        The number of the first epoch, that is, how many `state` has behind it. With
-        the same batches, the fit then goes on bit for bit as if it had never stopped.
+        The number of the first epoch: how many epochs `state` has been trained for.
+        With the same batches, the fit is bit for bit one that never stopped.
     validation : iterable, or callable, optional
-        Batches to evaluate after each epoch, given as `batches` are. Their random
-        numbers are the same each time.
+        Batches to evaluate after each epoch, in the form of `batches`. They use the
+        same random numbers in each epoch.
     patience : int, optional
-        Stop after so many epochs in a row without a lower validation loss. The result
-        then holds the best state, also where all epochs are run. After a resumption,
-        patience counts anew.
+        Stop after this number of successive epochs without a lower validation loss.
+        The result then holds the best state, even if the fit does not stop early. The
+        number of epochs is not kept when a fit is resumed.
     callback : callable, optional
         Called as ``callback(epoch, state, loss)`` after each epoch, with its number
-        from 0, and its mean loss. The next step takes the memory of `state`, so copy
-        what you keep. The fit ends if it returns something true, as some functions
-        that save do: return nothing to go on.
+        from 0, and its mean loss. The next step overwrites the memory of `state`, so
+        copy what you keep. The fit stops if the callback returns a true value.
     progress_bar : bool, default True
         Show steps, mean loss and batch sizes.
     stable_update : bool, default False
         Skip steps whose loss or gradients are not finite, as ``stable_update`` does.
-        They are left out of the mean loss.
+        The mean loss leaves them out.
     check_finite : bool, default True
-        Look for losses that are not finite, after each epoch.
+        Check after each epoch that the losses are finite.
 
     Returns
     -------
@@ -117,20 +115,21 @@ def fit(
     Raises
     ------
     FloatingPointError
-        If a loss is not finite, unless `check_finite` is false. With `stable_update`,
-        only if this is so in all steps of an epoch.
+        If a loss is not finite and `check_finite` is true. With `stable_update`, only
+        if no loss of an epoch is finite.
     ValueError
-        If `batches` is an iterator, which ends after one epoch, and more are wanted;
-        if an epoch has no batch; if `patience` is given without `validation`, or
+        If `batches` is an iterator, which ends after one epoch, and `epochs` asks for
+        more; if an epoch has no batch; if `patience` is given without `validation`, or
         `initial_epoch` without `state`.
 
     Notes
     -----
-    The mean loss of an epoch weighs each row alike: steps are weighed by the count of
-    the first plate in the batch's `rows`. Batches without rows are weighed alike.
+    The mean loss of an epoch gives each row the same weight: a step has the count of
+    the first plate in its batch's `rows` as weight. Batches without rows have the same
+    weight.
 
-    Losses are fetched once an epoch, so that JAX runs a step while the next batch is
-    made. Each call compiles anew. For work between epochs, use a callback.
+    Losses are fetched once an epoch, so JAX runs a step while the next batch is made.
+    Each call compiles again. For work between epochs, use a callback.
 
     Examples
     --------
@@ -152,7 +151,7 @@ def fit(
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: SVIState, batch: Minibatch) -> tuple[SVIState, Any]:
-        # Python comes here only when JAX traces, which is once per compilation.
+        # Python runs this only when JAX traces, once per compilation.
         nonlocal compilations
         compilations += 1
         return (svi.stable_update if stable_update else svi.update)(state, batch)
@@ -163,39 +162,34 @@ def fit(
         return svi.evaluate(state._replace(rng_key=key), batch)
 
     now: Any = None if state is None else jax.tree.map(jnp.copy, state)
-    of_epochs: list[list[Any]] = []
+    passes: list[_Losses] = []
     epoch_losses: list[float] = []
     validation_losses: list[float] = []
     best, best_loss, worse = None, np.inf, 0
-    stopped = None
+    stopped, whole_step = None, _WholeStep()
     bar = tqdm(unit="step", disable=not progress_bar)
-    with bar, _WholeSteps.against_interrupts() as whole_steps:
+    with bar, _interrupts_handled_by(whole_step.on_interrupt):
         try:
             for epoch in range(initial_epoch, epochs):
                 bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
-                losses = _Losses("step", epoch)
-                of_epochs.append(losses.losses)
+                losses = _Losses("step", epoch, skips=stable_update)
+                passes.append(losses)
                 for batch in _batches_of(batches, epoch):
-                    if now is None:
-                        now = svi.init(rng_key, batch)
-                    elif svi.constrain_fn is None:
-                        # A new one has to see the model, whatever the state.
-                        svi.init(rng_key, batch)
-                    with whole_steps:
+                    if now is None or svi.constrain_fn is None:
+                        # `init` also sets up a new SVI that is given a state.
+                        fresh = svi.init(rng_key, batch)
+                        now = fresh if now is None else now
+                    with whole_step:
                         now, loss = step(now, batch)
                         losses.add(batch, loss)
                     bar.update()
-                if check_finite:
-                    losses.check_finite(skipped=stable_update)
-                epoch_losses.append(losses.mean(skipped=stable_update))
+                epoch_losses.append(losses.mean(check_finite))
                 shown = {"loss": f"{epoch_losses[-1]:,.4f}"}
                 if validation is not None:
                     held_out = _Losses("validation batch", epoch)
                     for number, batch in enumerate(_batches_of(validation, epoch)):
                         held_out.add(batch, evaluate(now, number, batch))
-                    if check_finite:
-                        held_out.check_finite()
-                    validation_losses.append(held_out.mean())
+                    validation_losses.append(held_out.mean(check_finite))
                     shown["validation"] = f"{validation_losses[-1]:,.4f}"
                 bar.total = bar.n + (epochs - epoch - 1) * len(losses.counts)
                 bar.set_postfix(shown | losses.sizes(), refresh=False)
@@ -212,14 +206,14 @@ def fit(
                     break
             now = now if best is None else best
         except KeyboardInterrupt:
-            # A second Ctrl-C may have come in the midst of a step.
+            # A second Ctrl-C may interrupt a step, which has deleted its old state.
             if now is None or any(x.is_deleted() for x in jax.tree.leaves(now)):
                 raise
             stopped = "interrupt"
     return FitResult(
         params=svi.get_params(now),
         state=now,
-        losses=np.array([float(loss) for loss in chain(*of_epochs)]),
+        losses=np.array([loss for losses in passes for loss in losses.fetch()]),
         epoch_losses=np.array(epoch_losses),
         validation_losses=np.array(validation_losses),
         stopped=stopped,
@@ -227,90 +221,86 @@ def fit(
     )
 
 
-class _WholeSteps:
-    """Let Ctrl-C wait for the end of a step, whose old state is gone by then.
+class _WholeStep:
+    """Delays Ctrl-C until the end of a step, which deletes its old state at its start.
 
-    A second Ctrl-C does not wait.
+    A second Ctrl-C is not delayed.
     """
 
-    def __init__(self) -> None:
-        self.running = False
-        self.asked = False
-
-    @classmethod
-    @contextmanager
-    def against_interrupts(cls) -> Generator[_WholeSteps]:
-        steps = cls()
-        own = signal.default_int_handler
-        # Python lets no other thread do this; and a handler of the user's stays.
-        if current_thread() is main_thread() and signal.getsignal(signal.SIGINT) is own:
-            signal.signal(signal.SIGINT, steps._on_interrupt)
-            try:
-                yield steps
-            finally:
-                signal.signal(signal.SIGINT, own)
-        else:
-            yield steps
+    running = interrupted = False
 
     def __enter__(self) -> None:
         self.running = True
 
     def __exit__(self, *_: Any) -> None:
         self.running = False
-        if self.asked:
+        if self.interrupted:
             raise KeyboardInterrupt
 
-    def _on_interrupt(self, *_: Any) -> None:
-        if self.asked or not self.running:
+    def on_interrupt(self, *_: Any) -> None:
+        if self.interrupted or not self.running:
             raise KeyboardInterrupt
-        self.asked = True
+        self.interrupted = True
+
+
+@contextmanager
+def _interrupts_handled_by(handler: Callable) -> Generator[None]:
+    default, main = signal.default_int_handler, current_thread() is main_thread()
+    # Only the main thread can set a handler. A handler of the user's is left in place.
+    if not main or signal.getsignal(signal.SIGINT) is not default:
+        yield
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, default)
 
 
 class _Losses:
-    """The losses of some batches, left on the device until they are asked for."""
+    """Losses of batches, left on the device until they are fetched."""
 
-    def __init__(self, what: str, epoch: int) -> None:
-        self.what = what
-        self.epoch = epoch
-        self.losses: list[Any] = []
-        self.weights: list[int] = []
+    def __init__(self, what: str, epoch: int, skips: bool = False) -> None:
+        self._what, self._epoch, self._skips = what, epoch, skips
+        self._losses: list[Any] = []
+        self._weights: list[int] = []
         self.counts: list[dict[str, Any]] = []
 
     def add(self, batch: Minibatch, loss: Any) -> None:
-        self.losses.append(loss)
+        self._losses.append(loss)
         self.counts.append(batch.counts)
-        self.weights.append(batch.counts[next(iter(batch.rows))] if batch.rows else 1)
+        self._weights.append(batch.counts[next(iter(batch.rows))] if batch.rows else 1)
 
     def fetch(self) -> np.ndarray:
-        # One by one: ten times as fast as `jax.device_get` of a list of scalars.
-        self.losses[:] = [float(np.asarray(loss)) for loss in self.losses]
-        return np.array(self.losses)
+        # Ten times as fast as `jax.device_get` of a list of scalars.
+        self._losses[:] = [float(np.asarray(loss)) for loss in self._losses]
+        return np.array(self._losses)
 
-    def mean(self, skipped: bool = False) -> float:
-        losses, weights = self.fetch(), np.array(self.weights)
-        kept = np.isfinite(losses) if skipped else np.full(len(losses), True)
+    def mean(self, check_finite: bool) -> float:
+        """Return the mean loss of the rows."""
+        losses, weights = self.fetch(), np.array(self._weights)
+        finite = np.isfinite(losses)
+        if check_finite and not (finite.any() if self._skips else finite.all()):
+            self._raise_at(int(np.argmin(finite)))
+        kept = finite if self._skips else np.full(len(losses), True)
         if not kept.any():
             return np.nan
         return float(np.average(losses[kept], weights=weights[kept]))
 
     def sizes(self) -> dict[str, str]:
-        """Name the smallest and the largest count of each plate."""
+        """Return the range of the counts of each plate, as text."""
         plates = {plate for own in self.counts for plate in own}
         return {
             plate: span([own[plate] for own in self.counts if plate in own])
             for plate in sorted(plates)
         }
 
-    def check_finite(self, skipped: bool = False) -> None:
-        finite = np.isfinite(self.fetch())
-        if finite.all() or (skipped and finite.any()):
-            return
-        number = int(np.argmin(finite))
+    def _raise_at(self, number: int) -> None:
         counts = self.counts[number].items()
         held = [f"{count} rows of plate '{plate}'" for plate, count in counts]
         raise FloatingPointError(
-            f"The loss is {self.losses[number]} in {self.what} {number} of epoch "
-            f"{self.epoch} (both from 0), with {', '.join(held) or 'no plate named'}. "
+            f"The loss is {self._losses[number]} in {self._what} {number} of epoch "
+            f"{self._epoch} (both from 0), with {', '.join(held) or 'no plate named'}. "
             "Likely reasons: the data are not finite; rows or counts that "
             "minibatch(...) did not check are out of range; the step size is too "
             "large. jax.debug_nans(True) names the operation, stable_update=True skips "
@@ -319,13 +309,13 @@ class _Losses:
 
 
 def span(counts: Sequence[int] | np.ndarray) -> str:
-    """Name the smallest and the largest of some counts."""
+    """Return the range of counts, as text."""
     low, high = np.min(counts), np.max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _batches_of(batches: Batches, epoch: int) -> Iterator[Minibatch]:
-    """Go through the batches of an epoch."""
+    """Yield the batches of an epoch."""
     given = batches if isinstance(batches, Iterable) else batches(epoch)
     batch = None
     for batch in map(as_minibatch, given):

@@ -1,4 +1,4 @@
-"""Make room in a state, and in its guide, for the rows that plates have gained."""
+"""Add the new rows of plates to a state, and to its guide."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ from numpyro.infer.initialization import init_to_value
 from numpyro.infer.svi import SVIState
 
 from . import internals
-from .guides import autoguides_in, evaluates_first_data, joint_over, undone_on_error
+from .first_call import evaluates_first_data
+from .guides import autoguides_in, joint_over
+from .internals import undone_on_error
 from .optimizers import axes_of_leaves
 from .plates import check_size, read_plates
 from .rowwise import RowParams
 
-# Other than the few that a step splits the same key into.
+# A step splits the same key into a few; this number gives another one.
 _KEY_OF_NEW_ROWS = 2**30
 
 
 def grown(svi: SVI, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> SVIState:
-    """Do what ``SubsampleSVI.grow`` says, within the handlers of a step."""
+    """Return a grown state; ``SubsampleSVI.grow`` documents it.
+
+    It runs within the handlers of a step.
+    """
     plates = read_plates(
         svi.model, args, kwargs | svi.static_kwargs, internals.handlers_around()
     )
@@ -60,16 +65,13 @@ def grown(svi: SVI, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> SVI
 
 
 def _has_grown(guide: AutoGuide, sizes: Mapping[str, int]) -> bool:
-    """Tell whether a guide must be made anew, and refuse one that cannot be."""
-    # Plates of data alone may have another size in each batch.
+    """Tell whether plates of a guide's latents have grown, and refuse if it cannot."""
+    # Plates without latents may have another size in each batch.
     of_latents = set(internals.frames(guide))
-    new = {
-        name: sizes[name]
-        for name, size in internals.full_sizes(guide).items()
-        if sizes.get(name, size) != size
-    }
-    for name, size in new.items():
-        old = internals.full_sizes(guide)[name]
+    known = internals.full_sizes(guide).items()
+    changed = {name: old for name, old in known if sizes.get(name, old) != old}
+    for name, old in changed.items():
+        size = sizes[name]
         if size < old and name in of_latents:
             check_size(name, size, old)
         if joint_over(guide, name) is guide:
@@ -83,14 +85,14 @@ def _has_grown(guide: AutoGuide, sizes: Mapping[str, int]) -> bool:
             f"cannot grow to {size} rows. Fit a new guide, or use AutoNormal, whose "
             "rows are apart."
         )
-    # What is joint over other plates, or over none, has nothing to grow.
-    return bool(new.keys() & of_latents) and not isinstance(guide, AutoContinuous)
+    # A joint guide over other plates, or over none, has no parameters with new rows.
+    return bool(changed.keys() & of_latents) and not isinstance(guide, AutoContinuous)
 
 
 def _values_of_all_rows(
     guide: AutoGuide, sizes: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    """Return what ``init_to_value`` has for latents, if it has any of all rows."""
+    """Return the values of ``init_to_value`` that are of all rows, None without it."""
     init_loc_fn: Any = guide.init_loc_fn
     prototype: Any = guide.prototype_trace
     if getattr(init_loc_fn, "func", None) is not init_to_value:
@@ -111,7 +113,7 @@ def _values_of_all_rows(
 
 
 def _with_old_rows(svi: SVI, fresh: Any, old: Any, found: RowParams) -> Any:
-    """Write the old rows of an optimizer's state over those of a fresh one."""
+    """Copy the old rows of an optimizer's state into a fresh state."""
     if jax.tree.structure(fresh) != jax.tree.structure(old):
         raise ValueError(
             "Model and guide have other parameters than in the state that is to grow: "
@@ -137,17 +139,17 @@ def _with_old_rows(svi: SVI, fresh: Any, old: Any, found: RowParams) -> Any:
             expected[axis] = old_sizes[plate]
         if list(jnp.shape(own)) != expected:
             raise ValueError(
-                f"What the optimizer's state holds at {keystr(path)} has shape "
-                f"{jnp.shape(own)}, and would get {jnp.shape(new)}. Plates that grow "
-                f"to {sizes} rows from {old_sizes} do not explain that. A parameter "
-                "with rows must be read in its plate, with event_dim."
+                f"The optimizer's state at {keystr(path)} has shape {jnp.shape(own)}, "
+                f"and {jnp.shape(new)} after growing. Plates that grow from "
+                f"{old_sizes} to {sizes} rows do not explain this. A parameter with "
+                "rows must be read in its plate, with event_dim."
             )
         grown.append(_over(new, own))
     return tree_unflatten(structure, grown)
 
 
 def _over(new: Any, old: Any) -> Any:
-    """Write the old rows, which are the first ones, over the new."""
+    """Copy an old array into the leading rows of a new one."""
     if jnp.shape(new) == jnp.shape(old):
         return old
     return jnp.asarray(new).at[tuple(map(slice, jnp.shape(old)))].set(old)

@@ -6,41 +6,33 @@ from collections import ChainMap
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro
 from numpyro.distributions import Delta
-from numpyro.distributions.transforms import biject_to
-from numpyro.handlers import substitute, trace
+from numpyro.handlers import substitute
 from numpyro.infer.autoguide import (
     AutoContinuous,
-    AutoDAIS,
-    AutoDelta,
     AutoGuide,
     AutoGuideList,
-    AutoLaplaceApproximation,
     AutoSemiDAIS,
-    AutoSurrogateLikelihoodDAIS,
 )
-from numpyro.infer.initialization import init_to_uniform, init_to_value
 
 from . import internals
 from .alignment import check_drawn_rows, check_scales, looked_at
+from .first_call import needs_whole_likelihood, set_up
 from .guide_call import GuideCall
 from .internals import CondIndepStackFrame, Handler
 from .model_call import ModelCall
 from .padding import valid_rows
 from .plates import (
-    PlateRows,
     arguments_for_plates,
     full_size,
-    hidden_run,
     read_plates,
     take_rows,
-    take_rows_of_plates,
 )
 
 
@@ -206,8 +198,8 @@ def served(
                 yield
             return
         call.read()
-        with undone_on_error(guide):
-            _set_up_prototype(guide, call, args, kwargs)
+        with internals.undone_on_error(guide):
+            set_up(guide, call, args, kwargs)
             with _family(guide, call, args, kwargs):
                 yield
 
@@ -227,21 +219,6 @@ class _Part:
 
 def _part(guide: Any) -> Any:
     return _Part(guide) if issubclass(type(guide), AutoGuide) else guide
-
-
-@contextmanager
-def undone_on_error(owner: Any) -> Generator[None]:
-    """Take back what an error leaves half made, such as a guide's prototype."""
-    before = {
-        name: dict(value) if isinstance(value, dict) else value
-        for name, value in vars(owner).items()
-    }
-    try:
-        yield
-    except BaseException:
-        vars(owner).clear()
-        vars(owner).update(before)
-        raise
 
 
 def _family(
@@ -299,132 +276,6 @@ def _follow_create_plates(
             )
 
 
-# ------------------------------------------------------------------ the first call
-
-
-def _set_up_prototype(
-    guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
-) -> None:
-    """Make the guide's prototype where NumPyro's own way would not do."""
-    plates = call.plates.values()
-    # A part made with block(model, expose=...) does not see the plates of its sites.
-    for plate in plates:
-        internals.full_sizes(guide).setdefault(plate.name, plate.size)
-    subsampled = {p.name for p in plates if p.subsample_size != p.size}
-    reordered = [plate for plate in plates if plate.is_reordered]
-    if isinstance(guide, AutoContinuous):
-        if reordered and evaluates_first_data(guide):
-            _refuse_reordered(guide, reordered[0])
-        # AutoDAIS evaluates the likelihood of the whole data; the others only need
-        # one latent for every row.
-        if subsampled and not _needs_whole_likelihood(guide):
-            subsampled &= _plates_of_latents(guide.model, args, kwargs)
-        if subsampled:
-            _set_up_at_full_size(guide, min(subsampled), call, args, kwargs)
-        else:
-            internals.set_up_prototype(guide, args, kwargs)
-    elif subsampled and getattr(guide.init_loc_fn, "func", None) is init_to_value:
-        _set_up_from_values(guide, args, kwargs)
-    elif reordered or not isinstance(guide, AutoGuideList):
-        # A list that NumPyro sets up by itself checks its parts' deterministic sites.
-        internals.set_up_prototype(guide, args, kwargs)
-    prototype: Any = guide.prototype_trace
-    for plate in reordered:
-        # What handlers around pin does not reach the prototype. The posterior methods
-        # ask it for the order of the first call's data.
-        if plate.name in prototype:
-            prototype[plate.name]["value"] = plate.rows
-
-
-def _needs_whole_likelihood(guide: AutoGuide) -> bool:
-    return isinstance(guide, AutoDAIS) and not isinstance(
-        guide, AutoSurrogateLikelihoodDAIS
-    )
-
-
-def evaluates_first_data(guide: AutoGuide) -> bool:
-    """Tell whether a guide goes on to evaluate the model on its first data."""
-    return _needs_whole_likelihood(guide) or isinstance(guide, AutoLaplaceApproximation)
-
-
-def _refuse_reordered(guide: AutoGuide, plate: PlateRows) -> None:
-    raise ValueError(
-        f"{type(guide).__name__} takes the data of its first call for those of all "
-        f"rows in the plate's order, but the first call pins the {plate.size} rows of "
-        f"plate '{plate.name}' (size {plate.size}) in another one. Make the first "
-        f"call, svi.init, with rows and data in order, arange({plate.size}); later "
-        "calls may bring batches in any order."
-    )
-
-
-def _plates_of_latents(
-    model: Callable, args: tuple, kwargs: dict[str, Any]
-) -> set[str]:
-    with hidden_run(), trace() as sites:
-        model(*args, **kwargs)
-    return {
-        frame.name
-        for site in sites.values()
-        if site["type"] == "sample" and not site["is_observed"]
-        for frame in site["cond_indep_stack"]
-    }
-
-
-def _set_up_at_full_size(
-    guide: AutoContinuous,
-    name: str,
-    call: GuideCall,
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> None:
-    try:
-        with hidden_run(), full_size():
-            guide.model(*args, **kwargs)
-    except Exception as error:
-        plate = call.plate(name)
-        raise ValueError(
-            f"{type(guide).__name__} is one joint distribution over all rows of plate "
-            f"'{name}' (size {plate.size}), so the first call has to run the model at "
-            f"full size. With these arguments, which bring {plate.subsample_size} "
-            f"rows, it cannot: {error}. Make the first call, svi.init, with the full "
-            "data; later calls may bring batches of any size."
-        ) from error
-    with full_size():
-        internals.set_up_prototype(guide, args, kwargs)
-
-
-def _set_up_from_values(guide: AutoGuide, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Start every row where ``init_to_value`` says, those outside the batch too."""
-    init_loc_fn: Any = guide.init_loc_fn
-    values = init_loc_fn.keywords.get("values", {})
-    of_rows = partial(_init_to_rows_of_value, values=values)
-    with internals.replaced(guide, init_loc_fn=of_rows):
-        internals.set_up_prototype(guide, args, kwargs)
-    if isinstance(guide, AutoGuideList):
-        return
-    prototype: Any = guide.prototype_trace
-    start = internals.initial_values(guide)
-    for name, init_loc in start.items():
-        if name not in values:
-            continue
-        value = values[name]
-        if not isinstance(guide, AutoDelta):
-            value = biject_to(prototype[name]["fn"].support).inv(value)
-        shape = jnp.shape(init_loc)
-        # Values of the first batch stay as NumPyro repeats them.
-        if len(jnp.shape(value)) < len(shape) or jnp.shape(value) == shape:
-            start[name] = jnp.broadcast_to(value, shape)
-
-
-def _init_to_rows_of_value(site: dict[str, Any], values: dict[str, Any]) -> Any:
-    """Do as ``init_to_value``, with values for all rows of a subsampled plate."""
-    if site["type"] != "sample" or site["is_observed"]:
-        return None
-    if site["name"] not in values:
-        return init_to_uniform(site)
-    return take_rows_of_plates(values[site["name"]], site)
-
-
 # ------------------------------------------------------------------ joint guides
 
 
@@ -458,7 +309,7 @@ def _joint(guide: AutoContinuous, call: GuideCall) -> Generator[None]:
             event_dim=delta.event_dim,
         )
 
-    inside = full_size() if _needs_whole_likelihood(guide) else nullcontext()
+    inside = full_size() if needs_whole_likelihood(guide) else nullcontext()
     with _SitesInPlates(guide, plates.__getitem__, rows_of_batch), inside:
         yield
 

@@ -18,11 +18,12 @@ import jax
 import numpyro
 
 try:
-    from jax.core import Tracer
+    from jax.core import Tracer, eval_jaxpr
     from numpyro.contrib.funsor.enum_messenger import enum
     from numpyro.contrib.funsor.enum_messenger import plate as enum_plate
     from numpyro.handlers import condition, mask, replay, scope, substitute, trace
     from numpyro.infer import Predictive
+    from numpyro.infer import util as initialisation
     from numpyro.infer.autoguide import AutoGuide, AutoGuideList, AutoSemiDAIS
     from numpyro.ops.provenance import eval_provenance
     from numpyro.optim import _NumPyroOptim as Optimizer
@@ -31,9 +32,10 @@ try:
 
     # What is used of classes; of their instances, see `tests/test_internals.py`.
     plate._subsample, AutoGuide._setup_prototype, Predictive.__call__  # noqa: B018
+    initialisation.find_valid_initial_params  # noqa: B018
 except (AttributeError, ImportError) as error:
     raise ImportError(
-        "numpyro_dynamic_subsample works with numpyro 0.22; of numpyro "
+        "numpyro_dynamic_subsample works with numpyro 0.21 and 0.22; of numpyro "
         f"{version('numpyro')} and jax {version('jax')} it misses: {error}."
     ) from error
 
@@ -57,7 +59,7 @@ def plates_made_by(make: Callable[..., tuple[int, jax.Array]]) -> Generator[None
 
     NumPyro makes the message of a plate in this one static method. Only here is a
     plate met before all handlers, those inside the model too, so that its default rows
-    can be told from rows that somebody pins.
+    can be told from pinned rows.
     """
     with replaced(plate, _subsample=staticmethod(partial(make, plate._subsample))):
         yield
@@ -90,7 +92,7 @@ _default_rows: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def note_default(rows: jax.Array) -> jax.Array:
-    """Remember that nobody pinned these rows, and return them."""
+    """Remember that these rows are not pinned, and return them."""
     _default_rows[id(rows)] = rows
     return rows
 
@@ -296,6 +298,57 @@ def forget_first_call(guide: Any) -> None:
     guide._prototype_frame_full_sizes = {}
 
 
+# ------------------------------------------------------------------ programs
+
+_programs: dict[int, Callable] = {}
+
+
+def compiled(function: Callable, *args: Any) -> Callable:
+    """Compile a function of arrays, or find the program that computes the same.
+
+    The program computes at once, whatever is being traced. What the function closes
+    over is none of its constants, so that other data need no other program.
+    """
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    lowered = jax.jit(partial(eval_jaxpr, jaxpr.jaxpr)).lower(
+        jaxpr.consts, *jax.tree.leaves(args)
+    )
+    program = hash(lowered.as_text())
+    if program not in _programs:
+        _programs[program] = lowered.compile()
+    structure = jax.tree.structure(shapes)
+
+    def run(*args: Any) -> Any:
+        leaves = _programs[program](jaxpr.consts, *jax.tree.leaves(args))
+        return jax.tree.unflatten(structure, leaves)
+
+    return run
+
+
+@contextmanager
+def search_compiled() -> Generator[None]:
+    """Let autoguides look for initial values in one program, instead of in hundreds."""
+    search = initialisation.find_valid_initial_params
+
+    def search_at_once(
+        rng_key: jax.Array, model: Callable, *, prototype_params: Any, **options: Any
+    ) -> Any:
+        def find(rng_key: jax.Array) -> Any:
+            # Not an argument, since JAX would sort its sites: each draws in its turn.
+            options["prototype_params"] = prototype_params
+            return search(rng_key, model, **options)
+
+        try:
+            (params, *others), is_valid = compiled(find, rng_key)(rng_key)
+        except Exception:
+            # The model needs values, or is being traced already.
+            return find(rng_key)
+        return ({name: params[name] for name in prototype_params}, *others), is_valid
+
+    with replaced(initialisation, find_valid_initial_params=search_at_once):
+        yield
+
+
 # ------------------------------------------------------------------ changes, undone
 
 
@@ -314,6 +367,21 @@ def replaced(owner: Any, **attributes: Any) -> Generator[None]:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
+
+
+@contextmanager
+def undone_on_error(owner: Any) -> Generator[None]:
+    """Take back what an error leaves half made, such as a guide's prototype."""
+    before = {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in vars(owner).items()
+    }
+    try:
+        yield
+    except BaseException:
+        vars(owner).clear()
+        vars(owner).update(before)
+        raise
 
 
 @contextmanager

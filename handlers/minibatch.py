@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 
-from .padding import as_array, repeat_last_row
+from .padding import as_array, checked_capacity, repeat_last_row
+from .plates import check_rows
 
 Capacity = int | Callable[[int], int]
 
@@ -232,22 +232,8 @@ def _is_list(tree: Any) -> bool:
 def _rows(plate: str, rows: Any, size: int | None) -> np.ndarray | jax.Array:
     """Check the rows of a plate, as far as they go without its arguments."""
     vector = as_array(f"rows of plate '{plate}'", rows)
-    if vector.ndim != 1 or (
-        len(vector) and not jnp.issubdtype(vector.dtype, jnp.integer)
-    ):
-        raise ValueError(
-            f"The rows of plate '{plate}' must be a vector of integers, but have shape "
-            f"{vector.shape} and type {vector.dtype}."
-        )
-    if len(vector):
-        on_host = np.asarray(vector)
-        low, high = on_host.min(), on_host.max()
-        if low < 0 or (size is not None and high >= size):
-            within = "below 0" if size is None else f"outside of 0 to {size - 1}"
-            raise ValueError(
-                f"The rows of plate '{plate}' run from {low} to {high}, {within}. Give "
-                "indices into the whole plate."
-            )
+    if vector.size:
+        check_rows(plate, size, vector)
     return vector
 
 
@@ -278,13 +264,4 @@ def _capacity(plate: str, count: int, given: Any) -> int | None:
         capacity = capacity(count)
     if capacity is None:
         return None
-    if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer):
-        raise ValueError(
-            f"The capacity of plate '{plate}' must be a whole number, not {capacity!r}."
-        )
-    if capacity < count:
-        raise ValueError(
-            f"The batch has {count} rows of plate '{plate}', more than the capacity of "
-            f"{capacity}. Give a capacity of at least that of the largest batch."
-        )
-    return int(capacity)
+    return checked_capacity(capacity, count, f" of plate '{plate}'")

@@ -10,11 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from .internals import Optimizer
-
-# What checks have found. Their programs are the keys, since each SVI wraps an optimizer
-# anew.
-_FOUND: dict[int, list[list[np.ndarray]]] = {}
+from .internals import Optimizer, compiled
 
 # By plate, the axis of an array that runs over the plate's rows.
 Axes = dict[str, int]
@@ -154,19 +150,15 @@ def check_rows_are_apart(
         for start, size, of_others in ((0.0, 1e-6, 10.0), (1.0, 1e3, 0.0))
     ]
     try:
-        lowered = jax.jit(mixed).lower(*runs[0])
+        compare = compiled(mixed, *runs[0])
     except Exception as error:
         raise ValueError(
             "The optimizer takes no step from gradients and the loss alone "
             f"({type(error).__name__}: {error}). Take one that does, as optax.adam."
         ) from error
-    # Called as a compiled program, it is computed now, whatever is being traced.
-    program = hash(lowered.as_text())
-    if program not in _FOUND:
-        compiled = lowered.compile()
-        _FOUND[program] = jax.device_get([compiled(*run) for run in runs])
+    found = jax.device_get([compare(*run) for run in runs])
     for i, (path, _) in enumerate(tree_leaves_with_path(optim_state)):
-        if any(leaves[i] for leaves in _FOUND[program]):
+        if any(leaves[i] for leaves in found):
             raise ValueError(_mixes(path, sizes))
 
 

@@ -76,15 +76,23 @@ def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:
     count = next(iter(lengths.values()))
     if capacity is None:
         capacity = 1 << (count - 1).bit_length()
-    if not isinstance(capacity, int | np.integer):
-        raise ValueError(f"The capacity must be a whole number, not {capacity!r}.")
-    if capacity < count:
-        raise ValueError(
-            f"The batch has {count} rows, more than the capacity of {capacity}. Give a "
-            "capacity of at least that of the largest batch."
-        )
+    capacity = checked_capacity(capacity, count)
     padded = [repeat_last_row(array, capacity) for array in arrays.values()]
     return tree_unflatten(structure, padded), count
+
+
+def checked_capacity(capacity: Any, count: int, of_plate: str = "") -> int:
+    """Return the capacity, unless a batch of `count` rows cannot be padded to it."""
+    if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer):
+        raise ValueError(
+            f"The capacity{of_plate} must be a whole number, not {capacity!r}."
+        )
+    if capacity < count:
+        raise ValueError(
+            f"The batch has {count} rows{of_plate}, more than the capacity of "
+            f"{capacity}. Give a capacity of at least that of the largest batch."
+        )
+    return int(capacity)
 
 
 def as_array(label: str, leaf: Any) -> np.ndarray | jax.Array:
@@ -240,12 +248,7 @@ class valid_rows(Handler):
         if isinstance(count, Tracer):
             return count
         count = int(count)  # ty: ignore[invalid-argument-type]
-        if not 1 <= count <= capacity:
-            raise ValueError(
-                f"The valid count of plate '{name}' is {count}, but must be between 1 "
-                f"and {capacity}, the rows that the plate takes. Skip a step that has "
-                "no valid row, and pad larger batches to a larger capacity."
-            )
+        check_count(name, count, capacity)
         return count
 
     def _check_guide_site(
@@ -289,6 +292,16 @@ class _ValidRowsDistribution(MaskedDistribution):
             return super().log_prob(value)
         log_prob = self.base_dist.log_prob(value, intermediates)
         return jnp.where(self._mask, log_prob, 0.0)
+
+
+def check_count(name: str, count: int, capacity: int) -> None:
+    """Refuse a valid count that does not fit the rows that a plate takes."""
+    if not 1 <= count <= capacity:
+        raise ValueError(
+            f"The valid count of plate '{name}' is {count}, but must be between 1 "
+            f"and {capacity}, the rows that the plate takes. Skip a step that has "
+            "no valid row, and pad larger batches to a larger capacity."
+        )
 
 
 def check_names(keyword: str, names: Mapping[str, Any], plates: Iterable) -> None:

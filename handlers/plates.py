@@ -41,11 +41,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from numpyro import handlers
 from numpyro.infer.initialization import init_to_uniform
 
 from . import internals
 from .internals import Handler, Tracer
+
+# By plate: the rows of a batch, shape ``(subsample_size,)``, and how many are valid.
+Rows = Mapping[str, ArrayLike]
+Counts = Mapping[str, ArrayLike]
 
 
 class RowsError(ValueError):
@@ -166,8 +171,10 @@ def as_rows(name: str, size: int, rows: Any) -> jax.Array:
     return rows if isinstance(rows, jax.Array) else jnp.asarray(rows)
 
 
-def check_rows(name: str, size: int, rows: Any) -> None:
+def check_rows(name: str, size: int | None, rows: Any) -> None:
     """Refuse pinned rows that are no indices into a plate of `size` rows.
+
+    Where the size is not known, it is None.
 
     Raises
     ------
@@ -178,20 +185,23 @@ def check_rows(name: str, size: int, rows: Any) -> None:
     if not isinstance(rows, Tracer):
         # On NumPy's side, as JAX traces what is computed from a known array, too.
         rows = np.asarray(rows)
+    plate = f"plate '{name}'" + ("" if size is None else f" (size {size})")
     if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise RowsError(
-            f"The rows pinned for plate '{name}' (size {size}) must be a vector of "
-            f"integers, but have shape {rows.shape} and type {rows.dtype}."
+            f"The rows pinned for {plate} must be a vector of integers, but have shape "
+            f"{rows.shape} and type {rows.dtype}."
         )
-    check_subsample_size(name, size, rows.shape[0])
+    if size is not None:
+        check_subsample_size(name, size, rows.shape[0])
     if isinstance(rows, Tracer):
         return
     low, high = int(rows.min()), int(rows.max())
-    if low < 0 or high >= size:
+    if low < 0 or (size is not None and high >= size):
+        where = "below 0" if size is None else f"outside 0 to {size - 1}"
         raise RowsError(
-            f"The rows pinned for plate '{name}' (size {size}) run from {low} to "
-            f"{high}, outside 0 to {size - 1}. JAX would clamp them to other rows, or "
-            "count them from the end; pin indices into the whole plate."
+            f"The rows pinned for {plate} run from {low} to {high}, {where}. JAX would "
+            "clamp them to other rows, or count them from the end; pin indices into "
+            "the whole plate."
         )
 
 
@@ -359,8 +369,7 @@ class _PlateWatcher(Handler):
         msg["fn"] = _first_rows
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        # NumPyro's warning of a pin of another length comes when the model runs
-        # in earnest.
+        # Of a pin of another length NumPyro warns when the model itself runs.
         if not internals.is_default(msg["value"]):
             msg["value"] = as_rows(msg["name"], msg["args"][0], msg["value"])
         msg["args"] = (msg["args"][0], msg["value"].shape[0])
@@ -449,7 +458,7 @@ def read_plates(
             dims.setdefault(name, set()).add(dim)
             pinned = not internals.is_default(rows)
             by_handler = pinned and name in outside.pinned
-            # Rows are in order by default; then they stand for those yet to be drawn.
+            # Rows that nobody pinned are in order here. The plate draws them later.
             forced = not pinned and rows.shape[0] == size
             plates[name] = PlateRows(
                 name=name,

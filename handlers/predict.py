@@ -1,9 +1,14 @@
-"""Predict the rows of batches, and tell how likely their data are."""
+"""Predict the rows of batches, and compute the log likelihoods of their data.
+
+One function is compiled for each shape of batch: it runs guide and model for all
+draws. Padding is removed, and batches are concatenated, outside of it.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +17,7 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import register_static
 from numpyro.distributions import Unit
 from numpyro.handlers import replay, seed, substitute, trace, uncondition
 from numpyro.infer.autoguide import AutoSemiDAIS
@@ -21,26 +27,26 @@ from tqdm.auto import tqdm
 from . import internals
 from .guide_call import GuideCall
 from .guides import autoguides_in
-from .internals import Handler
 from .minibatch import as_minibatch
-from .padding import check_names, valid_rows
+from .padding import check_count, check_names, valid_rows
 from .plates import PlateRows, check_rows, read_plates
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of batches.
+class Request:
+    """What to compute for each batch.
 
     Attributes
     ----------
     num_samples : int
-        How many draws to make.
+        The number of draws.
     unseen : tuple of str
-        The plates whose rows are none of those that the plate has.
+        The plates that do not have the rows of the batch yet.
     return_sites : tuple of str or None
-        The sites to return; None for those that the guide does not draw.
+        The sites to return. None means all deterministic sites, and all sample sites
+        that the guide does not draw.
     log_likelihood : bool
-        Whether to return log likelihoods of observed sites, instead of draws.
+        Whether to return log likelihoods of the observed sites instead of draws.
     """
 
     num_samples: int
@@ -48,113 +54,119 @@ class Question:
     return_sites: tuple[str, ...] | None = None
     log_likelihood: bool = False
 
-    def __call__(
-        self,
-        svi: Any,
-        rng_key: jax.Array,
-        state_or_params: Any,
-        args: tuple,
-        kwargs: dict[str, Any],
-        indices: Mapping[str, Any] | None,
-        valid: Mapping[str, Any] | None,
-    ) -> dict[str, np.ndarray]:
-        """Ask it of one batch."""
-        given = _params(svi, state_or_params)
-        batch = args, kwargs, indices, valid
-        return self._ask(svi, rng_key, 0, given, *batch)[0]
 
-    def of_batches(
-        self,
-        svi: Any,
-        rng_key: jax.Array,
-        state_or_params: Any,
-        batches: Iterable,
-        *,
-        progress_bar: bool,
-    ) -> dict[str, np.ndarray]:
-        """Ask it of one batch after another, and put the rows together."""
-        given = _params(svi, state_or_params)
-        answers, program = [], None
-        for number, item in enumerate(tqdm(batches, disable=not progress_bar)):
-            batch = svi._unpacked((as_minibatch(item),), {}, None, None)
-            answer, program = self._ask(svi, rng_key, number, given, *batch)
-            answers.append(answer)
-        if program is None:
-            raise ValueError("There is no batch to predict.")
-        return {
-            name: _joined(name, [answer[name] for answer in answers], program)
-            for name in answers[0]
-        }
+@register_static
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """The plates of guide and model, and where sites hold their rows.
 
-    def _ask(
-        self,
-        svi: Any,
-        rng_key: jax.Array,
-        number: int,
-        given: dict[str, Any],
-        args: tuple,
-        kwargs: dict[str, Any],
-        indices: Mapping[str, Any] | None,
-        valid: Mapping[str, Any] | None,
-    ) -> tuple[dict[str, np.ndarray], _Program]:
-        indices = {n: r for n, r in (indices or {}).items() if n not in self.unseen}
-        counts: dict[str, Any] = jax.tree.map(int, valid_rows(valid or {}).counts)
+    Known once JAX has traced the compiled function, which returns it as a static part
+    of its result.
+
+    Attributes
+    ----------
+    sizes, subsample_sizes : dict of str to int
+        The sizes of each plate.
+    of_batch : set of str
+        The plates that have other rows in each batch.
+    of_guide : set of str
+        The plates of the guide's latents.
+    axes : dict of str to dict
+        For each site, the axis of each of its plates, counted from the right.
+    """
+
+    sizes: dict[str, int]
+    subsample_sizes: dict[str, int]
+    of_batch: set[str]
+    of_guide: set[str]
+    axes: dict[str, dict[str, int]]
+
+
+_ARRAYS = np.ndarray | np.generic | jax.Array
+
+
+def unpacked(svi: Any, batches: Iterable, progress_bar: bool) -> Iterator[tuple]:
+    """Unpack the batches of a loader for ``predict``."""
+    for item in tqdm(batches, disable=not progress_bar):
+        yield svi._unpacked((as_minibatch(item),), {}, None, None)
+
+
+def predict(
+    svi: Any,
+    rng_key: jax.Array,
+    state_or_params: Any,
+    batches: Iterable[tuple],
+    request: Request,
+) -> dict[str, np.ndarray]:
+    """Compute a request for each batch, and concatenate the rows of all batches.
+
+    Parameters
+    ----------
+    svi : SubsampleSVI
+        Has the model and the guide.
+    rng_key : jax.Array
+        The random key.
+    state_or_params : SVIState or dict
+        The state, or the parameters.
+    batches : iterable of tuple
+        For each batch: args and kwargs of the model, indices, valid counts.
+    request : Request
+        What to compute.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        The draws of each site, or its log likelihoods.
+
+    Raises
+    ------
+    ValueError
+        If the batches do not fit the plates, or the sites of different batches cannot
+        be concatenated.
+    """
+    params = state_or_params
+    if isinstance(params, SVIState):
+        params = svi.get_params(params) | (params.mutable_state or {})
+    # Values from handlers around become constants of a compiled function.
+    programs = {} if internals.handlers_around() else svi._programs
+    # A copy of an SVI shares the dict, and may have another guide.
+    program = programs.setdefault(
+        id(svi), jax.jit(partial(_draws, svi), static_argnums=0)
+    )
+    parts, layout = [], None
+    for number, (args, kwargs, indices, valid) in enumerate(batches):
         leaves, structure = jax.tree.flatten((args, kwargs | svi.static_kwargs))
-        arrays = {
-            i: leaf
-            for i, leaf in enumerate(leaves)
-            if isinstance(leaf, np.ndarray | np.generic | jax.Array)
-        }
-        others = {i: leaf for i, leaf in enumerate(leaves) if i not in arrays}
-        compiled_for = (
-            self,
-            id(svi),  # a copy of it has another guide
-            structure,
-            tuple(others.items()),
-            *((i, jnp.shape(leaf), leaf.dtype) for i, leaf in arrays.items()),
-            *((name, jnp.shape(rows)) for name, rows in sorted(indices.items())),
-            *sorted(counts),
-        )
-        # What handlers around hold would be constants of the compiled program.
-        known = {} if internals.handlers_around() else svi._programs
-        program = known.get(compiled_for)
-        if program is None:
-            program = _Program(svi, self, structure, others, {*indices, *counts})
-            known[compiled_for] = program
-        answer = jax.device_get(
-            program.run(rng_key, number, given, arrays, dict(indices))
-        )
+        arrays = [leaf if isinstance(leaf, _ARRAYS) else None for leaf in leaves]
+        constants = tuple(None if isinstance(a, _ARRAYS) else a for a in leaves)
+        indices = {n: rows for n, rows in indices.items() if n not in request.unseen}
+        counts = jax.tree.map(int, valid_rows(valid).counts)
+        static, batch = (request, structure, constants), (arrays, indices, counts)
+        part, layout = program(static, rng_key, params, number, batch)
         for name, rows in indices.items():
-            check_rows(name, program.sizes[name], rows)
-        check_names("valid", counts, program.sizes)
+            check_rows(name, layout.sizes[name], rows)
+        check_names("valid", counts, layout.sizes)
+        part = jax.device_get(part)
         for plate, count in counts.items():
-            rows = program.taken.get(plate, count)
-            if not 1 <= count <= rows:
-                raise ValueError(
-                    f"The valid count of plate '{plate}' is {count}, but must be "
-                    f"between 1 and {rows}, the rows that the plate takes."
-                )
-            for name, axes in program.axes.items():
+            check_count(plate, count, layout.subsample_sizes[plate])
+            for name, axes in layout.axes.items():
                 if plate in axes:
-                    real = (..., slice(count)) + (slice(None),) * (-axes[plate] - 1)
-                    answer[name] = answer[name][real]
-        return answer, program
+                    part[name] = np.split(part[name], [count], axes[plate])[0]
+        parts.append(part)
+    if layout is None:
+        raise ValueError("There is no batch to predict.")
+    return {
+        name: _concatenated(name, [part[name] for part in parts], layout)
+        for name in layout.axes
+    }
 
 
-def _params(svi: Any, state_or_params: Any) -> dict[str, Any]:
-    """Return all that steps keep: parameters and mutable state."""
-    if not isinstance(state_or_params, SVIState):
-        return state_or_params
-    return svi.get_params(state_or_params) | (state_or_params.mutable_state or {})
-
-
-def _joined(name: str, parts: list[np.ndarray], program: _Program) -> np.ndarray:
-    """Put together what batches have for one site."""
+def _concatenated(name: str, parts: list[np.ndarray], layout: _Layout) -> np.ndarray:
+    """Concatenate the rows of one site."""
     if len(parts) == 1:
         return parts[0]
-    axes = program.axes[name]
-    of_batch = sorted(axes.keys() & program.of_batch)
-    unknown = sorted(axes.keys() - program.of_batch - program.of_guide)
+    axes = layout.axes[name]
+    of_batch = sorted(axes.keys() & layout.of_batch)
+    unknown = sorted(axes.keys() - layout.of_batch - layout.of_guide)
     if len(of_batch) == 1:
         return np.concatenate(parts, axis=axes[of_batch[0]])
     if of_batch:
@@ -181,329 +193,234 @@ def _joined(name: str, parts: list[np.ndarray], program: _Program) -> np.ndarray
     return parts[0]
 
 
-class _Program:
-    """Draws for batches of one shape, compiled once.
+# ------------------------------------------------------------------ what is compiled
 
-    Attributes
-    ----------
-    run : callable
-        The compiled function.
-    sizes, taken : dict of str to int
-        For each plate, how many rows it has, and how many the batch has.
-    of_batch : set of str
-        The plates whose rows are other ones in every batch.
-    of_guide : set of str
-        The plates of the guide's latents.
-    axes : dict of str to dict
-        For each site of the answer, the axes, counted from the right, of its plates.
-    """
 
-    def __init__(
-        self,
-        svi: Any,
-        question: Question,
-        structure: Any,
-        others: dict[int, Any],
-        named: set[str],
-    ) -> None:
-        self._svi = svi
-        self._question = question
-        self._structure = structure
-        self._others = others
-        self.sizes: dict[str, int] = {}
-        self.taken: dict[str, int] = {}
-        self.of_batch = named.union(question.unseen)
-        self.of_guide: set[str] = set()
-        self.axes: dict[str, dict[str, int]] = {}
-        self.run = jax.jit(self._run)
+def _draws(
+    svi: Any, static: tuple, rng_key: jax.Array, params: Any, number: Any, batch: tuple
+) -> tuple[dict[str, jax.Array], _Layout]:
+    """Compute a request for one batch, in a compiled function."""
+    request, structure, constants = static
+    arrays, indices, counts = batch
+    leaves = [c if a is None else a for a, c in zip(arrays, constants, strict=True)]
+    args, kwargs = jax.tree.unflatten(structure, leaves)
+    unseen = request.unseen
+    named = {*indices, *counts, *unseen}
 
-    def _run(
-        self,
-        rng_key: jax.Array,
-        number: Any,
-        given: dict[str, Any],
-        arrays: dict[int, Any],
-        indices: dict[str, Any],
-    ) -> dict[str, jax.Array]:
-        leaves = arrays | self._others
-        args, kwargs = jax.tree.unflatten(
-            self._structure, [leaves[i] for i in range(len(leaves))]
-        )
-        with self._svi._batch(indices, {}):
-            # Draws follow each other, so that the memory is that of one and of the
-            # answer.
-            return jax.lax.map(
-                lambda key: self._draw(key, number, given, args, kwargs),
-                jax.random.split(rng_key, self._question.num_samples),
-            )
-
-    def _draw(
-        self,
-        key: jax.Array,
-        number: Any,
-        given: dict[str, Any],
-        args: tuple,
-        kwargs: dict[str, Any],
-    ) -> dict[str, jax.Array]:
-        of_guide, of_model = jax.random.split(key)
-        unseen = _Unseen(self._svi, self._question.unseen, args, kwargs)
-        anew = uncondition() if not self._question.log_likelihood else Handler()
-
-        def answer(rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            keys = partial(_KeysOfBatch, self, number, rows)
-            with (
-                trace() as latents,
-                keys(of_guide),
-                substitute(data=given),
-                seed(rng_seed=of_guide),
-            ):
-                unseen.run_guide()
-            self.of_guide |= {
-                frame.name
-                for site in latents.values()
-                if site["type"] == "sample"
-                for frame in site["cond_indep_stack"]
-            }
-            latents = unseen.forgotten(latents)
-            with (
-                trace() as sites,
-                keys(of_model, model=True),
-                substitute(data=given),
-                seed(rng_seed=of_model),
-                anew,
-                replay(trace=latents),
-            ):
-                unseen.run_model(rows)
-            if self._question.log_likelihood:
-                return self._log_likelihoods(sites)
-            return self._values(sites, latents)
-
-        rows: dict[str, jax.Array] = {}
-        values = answer(rows)
-        rows |= unseen.any_rows()
-        if rows:
-            self._check_independent(
-                internals.eval_provenance(lambda **rows: answer(rows), **rows)
-            )
-        return values
-
-    def _check_independent(self, made_from: dict[str, frozenset[str]]) -> None:
-        """Refuse sites that depend on which rows it are that nobody named."""
-        for site, plates in made_from.items():
-            for plate in sorted(plates):
-                if plate in self._question.unseen:
-                    why = "which are none of those that the plate has"
-                    remedy = "Let the model take the data of its rows as an argument."
-                else:
-                    why = "which nobody has named"
-                    remedy = f"Say which they are: indices={{'{plate}': rows}}."
-                raise ValueError(
-                    f"Site '{site}' depends on the rows of plate '{plate}' (size "
-                    f"{self.sizes[plate]}), {why}. {remedy}"
-                )
-
-    def _log_likelihoods(self, sites: dict[str, Any]) -> dict[str, jax.Array]:
-        answer = {}
-        for name, site in sites.items():
-            if site["type"] == "sample" and site["is_observed"]:
-                answer[name] = site["fn"].log_prob(site["value"])
-                self._note(site, answer[name], 0)
-        if not answer:
-            raise ValueError(
-                "The model observes nothing with these arguments, so there is no "
-                "likelihood. Give the batch its data."
-            )
-        return answer
-
-    def _values(
-        self, sites: dict[str, Any], latents: dict[str, Any]
-    ) -> dict[str, jax.Array]:
-        possible = {
+    def draw(key: jax.Array, rows: dict[str, jax.Array]) -> Any:
+        keys = _KeysBySite(key, number, named, rows)
+        with keys, trace() as latents:
+            guide(*args, **kwargs)
+        seen: Any = {
             name: site
-            for name, site in sites.items()
-            if site["type"] == "deterministic"
-            or (site["type"] == "sample" and not isinstance(site["fn"], Unit))
+            for name, site in latents.items()
+            if _plates_of(site).union([name]).isdisjoint(unseen)
         }
-        names = self._question.return_sites
-        if names is None:
-            names = [
-                name
-                for name, site in possible.items()
-                if site["type"] == "deterministic" or name not in latents
-            ]
-        answer = {}
-        for name in names:
-            if name not in possible:
-                raise ValueError(
-                    f"return_sites names '{name}', but the sites of the model are "
-                    f"{sorted(possible)}."
-                )
-            site = possible[name]
-            answer[name] = jnp.asarray(site["value"])
-            event_dim = site["fn"].event_dim if site["type"] == "sample" else None
-            self._note(site, answer[name], event_dim)
-        return answer
+        anew = nullcontext() if request.log_likelihood else uncondition()
+        pins = substitute(data=rows)
+        with keys, trace() as sites, pins, anew, replay(trace=seen):
+            model(*args, **kwargs)
+        if request.log_likelihood:
+            values = _log_likelihoods(sites)
+        else:
+            values = _values(sites, seen, request.return_sites)
+        return values, _layout(latents, sites, values, named, request.log_likelihood)
 
-    def _note(self, site: dict[str, Any], value: Any, event_dim: int | None) -> None:
-        frames, shape = site["cond_indep_stack"], jnp.shape(value)
-        if event_dim is None:
-            # A deterministic site does not say. Its value has the shape of its plates
-            # in front, if it has their rows at all.
-            batch_dim = max((-frame.dim for frame in frames), default=0)
-            event_dim = max(len(shape) - batch_dim, 0)
-        self.axes[site["name"]] = {
+    def draw_checked(key: jax.Array) -> Any:
+        rows = {name: jnp.arange(count) for name, count in new.items()}
+        values, layout = draw(key, rows)
+        if rows:
+            made_from = internals.eval_provenance(
+                lambda **rows: draw(key, rows)[0], **rows
+            )
+            _check_independent(made_from, layout.sizes, unseen)
+        return values, layout
+
+    with svi._batch(indices, {}), substitute(data=params):
+        model, guide, new = svi.model, svi.guide, {}
+        if unseen:
+            model, guide, new = _on_new_rows(svi, unseen, args, kwargs)
+        # One draw after another needs the memory of one draw, and of the result.
+        return jax.lax.map(draw_checked, jax.random.split(rng_key, request.num_samples))
+
+
+def _plates_of(site: dict[str, Any]) -> set[str]:
+    return {frame.name for frame in site.get("cond_indep_stack", ())}
+
+
+def _log_likelihoods(sites: dict[str, Any]) -> dict[str, jax.Array]:
+    values = {
+        name: site["fn"].log_prob(site["value"])
+        for name, site in sites.items()
+        if site["type"] == "sample" and site["is_observed"]
+    }
+    if not values:
+        raise ValueError(
+            "The model observes nothing with these arguments, so there is no "
+            "likelihood. Give the batch its data."
+        )
+    return values
+
+
+def _values(
+    sites: dict[str, Any], latents: Collection[str], names: Iterable[str] | None
+) -> dict[str, jax.Array]:
+    possible = {
+        name: site["type"] == "deterministic" or name not in latents
+        for name, site in sites.items()
+        if site["type"] in ("sample", "deterministic")
+        and not isinstance(site.get("fn"), Unit)
+    }
+    if names is None:
+        names = [name for name, by_default in possible.items() if by_default]
+    for name in sorted({*names} - possible.keys()):
+        raise ValueError(
+            f"return_sites names '{name}', but the sites of the model are "
+            f"{sorted(possible)}."
+        )
+    return {name: jnp.asarray(sites[name]["value"]) for name in names}
+
+
+def _layout(
+    latents: dict, sites: dict, values: dict, named: set[str], log_likelihood: bool
+) -> _Layout:
+    sizes, subsample_sizes, of_guide, axes = {}, {}, set(), {}
+    for site in (*latents.values(), *sites.values()):
+        if site["type"] == "plate":
+            # In the model, an unseen plate has the size of the batch.
+            sizes.setdefault(site["name"], site["args"][0])
+            subsample_sizes[site["name"]] = len(site["value"])
+    for site in latents.values():
+        if site["type"] == "sample":
+            of_guide |= _plates_of(site)
+    for name, value in values.items():
+        frames = sites[name]["cond_indep_stack"]
+        # The leading axes of a deterministic site are those of its plates.
+        batch_dim = max((-frame.dim for frame in frames), default=0)
+        fn, event_dim = sites[name].get("fn"), max(value.ndim - batch_dim, 0)
+        event_dim = 0 if log_likelihood else getattr(fn, "event_dim", event_dim)
+        axes[name] = {
             frame.name: axis
             for frame in frames
-            if len(shape) >= -(axis := frame.dim - event_dim)
-            and shape[axis] == frame.size
+            if value.ndim >= -(axis := frame.dim - event_dim)
+            and value.shape[axis] == frame.size
         }
+    of_batch = named.union(n for n in sizes if subsample_sizes[n] != sizes[n])
+    return _Layout(sizes, subsample_sizes, of_batch, of_guide, axes)
 
 
-class _KeysOfBatch(Handler):
-    """Lets each batch draw its own rows, with what is outside of them in common.
+def _check_independent(
+    made_from: dict[str, frozenset[str]], sizes: dict[str, int], unseen: Collection[str]
+) -> None:
+    """Refuse sites that depend on which rows a plate has, where nothing says it."""
+    for site, plates in made_from.items():
+        for plate in sorted(plates):
+            if plate in unseen:
+                why = "which are none of those that the plate has"
+                remedy = "Let the model take the data of its rows as an argument."
+            else:
+                why = "which nobody has named"
+                remedy = f"Say which they are: indices={{'{plate}': rows}}."
+            raise ValueError(
+                f"Site '{site}' depends on the rows of plate '{plate}' (size "
+                f"{sizes[plate]}), {why}. {remedy}"
+            )
 
-    A site's key is made from its name: a plate takes a key or not, depending on the
-    batch, and would move those of the sites after it. Besides, it notes the plates, and
-    keeps the rows that they would draw: those of an amortised guide do not matter.
+
+class _KeysBySite(seed):
+    """Makes the key of a site from its name, and the number of the batch.
+
+    The number counts only for sites in plates of the batch, so the other sites have
+    the same draws in all batches. `seed` makes each key from those before it, and it
+    depends on the rows of a plate whether it takes one.
+
+    Parameters
+    ----------
+    key : jax.Array
+        The key of the draw.
+    number : int
+        The number of the batch.
+    named : set of str
+        The plates that have other rows in each batch, besides those that take a
+        subsample.
+    rows : dict of str to jax.Array
+        Rows for the plates that would draw some; this handler adds them.
     """
 
     def __init__(
-        self,
-        program: _Program,
-        number: Any,
-        rows: dict[str, jax.Array],
-        key: jax.Array,
-        *,
-        model: bool = False,
+        self, key: jax.Array, number: Any, named: set[str], rows: dict[str, jax.Array]
     ) -> None:
-        super().__init__()
-        self._rows = rows
-        self._program = program
-        self._number = number
-        self._key = key
-        self._model = model
+        super().__init__(rng_seed=key)
+        self._key, self._number = key, number
+        self._named, self._rows = named, rows
 
     def process_message(self, msg: dict[str, Any]) -> None:
+        super().process_message(msg)
         if msg["type"] == "plate" and msg["value"] is None:
             msg["fn"] = partial(self._any_rows, msg["name"])
+        key = msg.get("kwargs", {}).get("rng_key")
+        if key is None or msg["type"] not in ("sample", "control_flow"):
             return
-        if msg["type"] not in ("sample", "control_flow"):
-            return
-        if msg["kwargs"].get("rng_key") is None:
-            return
+        # Sites inside a control flow are not seen here. In the model, they may be in
+        # plates of the batch.
+        of_batch = internals.replayed() is not None
         if msg["type"] == "sample":
             key = jax.random.fold_in(self._key, crc32(msg["name"].encode()))
-            msg["kwargs"]["rng_key"] = key
-            names = {frame.name for frame in msg["cond_indep_stack"]}
-            observed = self._model and msg["infer"].get("was_observed", False)
-            own = names if observed else names & self._program.of_batch
-        else:
-            own = self._model
-        if own:
-            key = jax.random.fold_in(msg["kwargs"]["rng_key"], self._number)
-            msg["kwargs"]["rng_key"] = key
+            of_batch = not _plates_of(msg).isdisjoint(self._named) or any(
+                plate.subsample_size != plate.size
+                for plate in internals.plates_around()
+            )
+        if of_batch:
+            key = jax.random.fold_in(key, self._number)
+        msg["kwargs"]["rng_key"] = key
 
-    def _any_rows(
-        self, name: str, size: int, taken: int, rng_key: Any = None
-    ) -> jax.Array:
-        return self._rows.setdefault(name, jnp.arange(taken))
-
-    def postprocess_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] != "plate":
-            return
-        name, size, taken = msg["name"], msg["args"][0], len(msg["value"])
-        self._program.sizes[name] = size
-        self._program.taken[name] = taken
-        if taken != size:
-            self._program.of_batch.add(name)
+    def _any_rows(self, name: str, size: int, count: int, rng_key: Any = None) -> Any:
+        return self._rows.setdefault(name, jnp.arange(count))
 
 
-class _Unseen:
-    """Runs guide and model on rows that some plates do not have.
+# ------------------------------------------------------------------ unseen rows
 
-    In the model such a plate is as large as the batch. In the guide it takes rows that
-    it has, whatever they are, and its latents are forgotten.
+
+def _on_new_rows(
+    svi: Any, unseen: tuple[str, ...], args: tuple, kwargs: dict[str, Any]
+) -> tuple[Callable, Callable, dict[str, int]]:
+    """Return model and guide for rows that plates do not have, and their counts.
+
+    In the model, such a plate is as large as the batch. In the guide, it takes the
+    first rows that it has; the caller drops their latents.
     """
+    guides = list(autoguides_in(svi.guide))
+    sizes: dict[str, int] = dict(ChainMap(*map(internals.full_sizes, guides)))
 
-    def __init__(
-        self, svi: Any, unseen: tuple[str, ...], args: tuple, kwargs: dict[str, Any]
-    ) -> None:
-        self._svi = svi
-        self._call = args, kwargs
-        self._plates = unseen
-        self._sizes: dict[str, int] = {}
-        self._rows: dict[str, jax.Array] = {}
-        self._counts: dict[str, int] = {}
-        if unseen:
-            around = internals.handlers_around()
-            read = read_plates(self._model, args, kwargs, around)
-            check_names("unseen", dict.fromkeys(unseen), read)
-            self._counts = {name: read[name].size for name in unseen}
-        for guide in autoguides_in(svi.guide):
-            sizes = internals.full_sizes(guide)
-            self._sizes |= {n: sizes[n] for n in unseen if n in sizes}
-            for name in unseen if isinstance(guide, AutoSemiDAIS) else ():
-                if self._counts[name] > self._sizes[name]:
-                    raise ValueError(
-                        f"AutoSemiDAIS runs its local model on the batch, and cannot "
-                        f"take {self._counts[name]} unseen rows at once for plate "
-                        f"'{name}' (size {self._sizes[name]}). Give smaller batches."
-                    )
+    def make(subsample: Callable, name: str, size: int, count: Any, dim: Any) -> Any:
+        if name in unseen:
+            sizes.setdefault(name, size)
+            size, count = size if count is None else count, None
+        return subsample(name, size, count, dim)
 
-    def _model(self, *args: Any, **kwargs: Any) -> Any:
-        def make(
-            subsample: Callable,
-            name: str,
-            size: int,
-            subsample_size: int | None,
-            dim: int | None,
-        ) -> tuple[int, jax.Array]:
-            if name not in self._plates:
-                return subsample(name, size, subsample_size, dim)
-            self._sizes.setdefault(name, size)
-            count = size if subsample_size is None else subsample_size
-            dim, rows = subsample(name, count, None, dim)
-            return dim, self._rows.get(name, rows)
-
+    def model(*args: Any, **kwargs: Any) -> None:
         with internals.plates_made_by(make):
-            return self._svi.model(*args, **kwargs)
+            svi.model(*args, **kwargs)
 
-    def run_guide(self) -> None:
-        """Run the guide."""
-        args, kwargs = self._call
-        if not self._plates:
-            self._svi.guide(*args, **kwargs)
-            return
-        plates = {}
-        for name, count in self._counts.items():
-            size = self._sizes[name]
-            rows = jnp.arange(min(count, size))
-            plates[name] = PlateRows(name, size, len(rows), rows, "model")
-        with GuideCall(self._model, args, kwargs, plates=plates):
-            self._svi.guide(*args, **kwargs)
+    def guide(*args: Any, **kwargs: Any) -> None:
+        with GuideCall(model, args, kwargs, plates=records) as call:
+            svi.guide(*args, **kwargs)
+        # Without their records, the model need not take the guide's rows.
+        for name in unseen:
+            call.plates.pop(name)
 
-    def run_model(self, rows: dict[str, jax.Array]) -> None:
-        """Run the model, with these for the rows of unseen plates."""
-        args, kwargs = self._call
-        self._rows = rows
-        self._model(*args, **kwargs)
-
-    def forgotten(self, latents: Mapping[str, Any]) -> OrderedDict[str, dict[str, Any]]:
-        """Leave the unseen plates, and the latents in them, out of a guide's trace."""
-
-        def stays(name: str, site: dict[str, Any]) -> bool:
-            frames = {frame.name for frame in site.get("cond_indep_stack", ())}
-            return name not in self._plates and not frames.intersection(self._plates)
-
-        def without(plates: dict[str, PlateRows]) -> dict[str, PlateRows]:
-            return {k: p for k, p in plates.items() if p.name not in self._plates}
-
-        return OrderedDict(
-            (name, site | {"plates": without(site.get("plates", {}))})
-            for name, site in latents.items()
-            if stays(name, site)
-        )
-
-    def any_rows(self) -> dict[str, jax.Array]:
-        """Return rows of the unseen plates, to see whether the model uses them."""
-        return {name: jnp.arange(count) for name, count in self._counts.items()}
+    plates = read_plates(model, args, kwargs, internals.handlers_around())
+    check_names("unseen", dict.fromkeys(unseen), plates)
+    counts, records = {}, {}
+    for name in unseen:
+        count, size = plates[name].size, sizes[name]
+        if count > size and any(isinstance(own, AutoSemiDAIS) for own in guides):
+            raise ValueError(
+                f"AutoSemiDAIS runs its local model on the batch, and cannot take "
+                f"{count} unseen rows at once for plate '{name}' (size {size}). Give "
+                "smaller batches."
+            )
+        rows = jnp.arange(min(count, size))
+        records[name] = PlateRows(name, size, len(rows), rows, "model")
+        counts[name] = count
+    return model, guide, counts

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO
@@ -17,7 +16,7 @@ from numpyro.infer.svi import SVIState
 from .guides import joint_over
 from .internals import Handler, Optimizer
 from .optimizers import REMEDY, Axes, axes_of_leaves, check_rows_are_apart
-from .plates import all_in_order
+from .plates import Counts, all_in_order
 
 
 class RowParams(Handler):
@@ -159,7 +158,7 @@ class RowSteps:
         step: Callable[[SVIState], tuple[SVIState, Any]],
         evaluate: Callable[[SVIState], Any],
         state: SVIState,
-        valid: Mapping[str, ArrayLike],
+        valid: Counts,
     ) -> tuple[SVIState, Any]:
         """Take one step.
 
@@ -205,7 +204,7 @@ class RowSteps:
         for plate, size in sizes.items():
             rows = found.rows[plate]
             if plate in valid:
-                # Rows that do not count become those of nobody, from `size` on.
+                # Row numbers from `size` on are padding, which is not written back.
                 rows = jnp.where(jnp.arange(len(rows)) < valid[plate], rows, size)
             # Once each, so that the gradients of a row that is there twice add up.
             unique[plate], places[plate] = jnp.unique(
@@ -269,14 +268,17 @@ def _index(leaf: jax.Array, axes: Axes, rows: Mapping[str, jax.Array]) -> tuple:
 
 
 def _take(leaf: jax.Array, axes: Axes, *, rows: Mapping[str, jax.Array]) -> jax.Array:
-    """Take rows of a leaf, each plate's along its axis; for those of nobody, one."""
+    """Take rows of a leaf, each plate's along its axis.
+
+    A row number from the plate's size on is padding. The first row is taken there.
+    """
     if not axes:
         return leaf
-    of_somebody = {
+    real = {
         plate: jnp.where(rows[plate] < leaf.shape[axis], rows[plate], rows[plate][0])
         for plate, axis in axes.items()
     }
-    some = leaf[_index(leaf, axes, of_somebody)]
+    some = leaf[_index(leaf, axes, real)]
     if _are_apart(axes):
         some = jnp.moveaxis(some, range(len(axes)), sorted(axes.values()))
     return some
@@ -289,7 +291,7 @@ def _put(
     *,
     rows: Mapping[str, jax.Array],
 ) -> jax.Array:
-    """Write rows of a leaf back, but not those of nobody."""
+    """Write rows of a leaf back, but no padding."""
     if not axes:
         return some
     if _are_apart(axes):

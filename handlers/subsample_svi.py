@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
 from numpyro.infer.svi import SVIRunResult, SVIState
@@ -26,8 +25,8 @@ from .internals import Tracer
 from .minibatch import Minibatch
 from .model_call import pinned_in_model
 from .padding import check_names, valid_rows
-from .plates import arguments_for_plates, check_rows
-from .predict import Question
+from .plates import Counts, Rows, arguments_for_plates, check_rows
+from .predict import Request, predict, unpacked
 from .rowwise import RowSteps
 
 
@@ -60,7 +59,7 @@ class SubsampleSVI(SVI):
     rowwise : bool, default False
         Let ``update``, ``stable_update``, ``run`` and ``fit`` step on the batch's rows
         alone: of each parameter that holds the rows of a subsampled plate, and of the
-        optimizer's state for it, they take the batch's rows, step as ever, and write
+        optimizer's state for it, they take the batch's rows, step on these, and write
         these rows back. In a compiled step with a donated state,
         ``jax.jit(svi.update, donate_argnums=0)``, time and temporary memory are then
         those of the batch, whatever the size of the plate, if its rows are pinned;
@@ -143,8 +142,8 @@ class SubsampleSVI(SVI):
         rng_key: jax.Array,
         *args: Any,
         init_params: dict[str, Any] | None = None,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         **kwargs: Any,
     ) -> SVIState:
         """Return the state that training starts from.
@@ -164,7 +163,7 @@ class SubsampleSVI(SVI):
             Arrays of its own, which a step may be allowed to overwrite.
         """
         args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
-        with self._batch(indices, valid):
+        with self._batch(indices, valid), internals.search_compiled():
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         # The guide keeps its initial values; a step may be allowed to overwrite these.
         return jax.tree.map(jnp.copy, state)
@@ -174,8 +173,8 @@ class SubsampleSVI(SVI):
         svi_state: SVIState,
         *args: Any,
         forward_mode_differentiation: bool = False,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
         """Take one step on a batch.
@@ -207,8 +206,8 @@ class SubsampleSVI(SVI):
         svi_state: SVIState,
         *args: Any,
         forward_mode_differentiation: bool = False,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
         """Take one step on a batch, unless its loss or gradients are not finite.
@@ -309,8 +308,8 @@ class SubsampleSVI(SVI):
         self,
         svi_state: SVIState,
         *args: Any,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         **kwargs: Any,
     ) -> SVIState:
         """Go on with plates that have become larger, since data came in.
@@ -372,8 +371,8 @@ class SubsampleSVI(SVI):
         self,
         svi_state: SVIState,
         *args: Any,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the loss of a batch, without a step.
@@ -401,8 +400,8 @@ class SubsampleSVI(SVI):
         *args: Any,
         num_samples: int = 1000,
         return_sites: Sequence[str] | None = None,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         unseen: Sequence[str] = (),
         **kwargs: Any,
     ) -> dict[str, np.ndarray]:
@@ -461,9 +460,9 @@ class SubsampleSVI(SVI):
         >>> draws = svi.predict(key, state, X[rows], indices={"n": rows})["y"]
         >>> draws = svi.predict(key, state, X_new, unseen=["n"])["y"]
         """
-        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
-        question = Question(num_samples, tuple(unseen), _names(return_sites))
-        return question(self, rng_key, state_or_params, args, kwargs, indices, valid)
+        batch = self._unpacked(args, kwargs, indices, valid)
+        request = Request(num_samples, tuple(unseen), _names(return_sites))
+        return predict(self, rng_key, state_or_params, [batch], request)
 
     def predict_batches(
         self,
@@ -506,10 +505,9 @@ class SubsampleSVI(SVI):
             batch; if a site has the rows of a plate that may be the batch's or not,
             or of two plates of the batch; if there is no batch.
         """
-        question = Question(num_samples, tuple(unseen), _names(return_sites))
-        return question.of_batches(
-            self, rng_key, state_or_params, batches, progress_bar=progress_bar
-        )
+        request = Request(num_samples, tuple(unseen), _names(return_sites))
+        batches = unpacked(self, batches, progress_bar)
+        return predict(self, rng_key, state_or_params, batches, request)
 
     def log_likelihood(
         self,
@@ -517,8 +515,8 @@ class SubsampleSVI(SVI):
         state_or_params: SVIState | dict[str, Any],
         *args: Any,
         num_samples: int = 1000,
-        indices: Mapping[str, ArrayLike] | None = None,
-        valid: Mapping[str, ArrayLike] | None = None,
+        indices: Rows | None = None,
+        valid: Counts | None = None,
         unseen: Sequence[str] = (),
         **kwargs: Any,
     ) -> dict[str, np.ndarray]:
@@ -542,9 +540,9 @@ class SubsampleSVI(SVI):
         ValueError
             As for ``predict``, and if the model observes nothing.
         """
-        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
-        question = Question(num_samples, tuple(unseen), log_likelihood=True)
-        return question(self, rng_key, state_or_params, args, kwargs, indices, valid)
+        batch = self._unpacked(args, kwargs, indices, valid)
+        request = Request(num_samples, tuple(unseen), log_likelihood=True)
+        return predict(self, rng_key, state_or_params, [batch], request)
 
     def log_likelihood_batches(
         self,
@@ -561,17 +559,16 @@ class SubsampleSVI(SVI):
         Parameters, results and errors are those of ``log_likelihood`` and
         ``predict_batches``.
         """
-        question = Question(num_samples, tuple(unseen), log_likelihood=True)
-        return question.of_batches(
-            self, rng_key, state_or_params, batches, progress_bar=progress_bar
-        )
+        request = Request(num_samples, tuple(unseen), log_likelihood=True)
+        batches = unpacked(self, batches, progress_bar)
+        return predict(self, rng_key, state_or_params, batches, request)
 
     def _step(
         self,
         step: Callable,
         svi_state: SVIState,
-        indices: Mapping[str, ArrayLike] | None,
-        valid: Mapping[str, ArrayLike] | None,
+        indices: Rows | None,
+        valid: Counts | None,
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[SVIState, Any]:
@@ -592,8 +589,8 @@ class SubsampleSVI(SVI):
         self,
         args: tuple,
         kwargs: dict[str, Any],
-        indices: Mapping[str, ArrayLike] | None,
-        valid: Mapping[str, ArrayLike] | None,
+        indices: Rows | None,
+        valid: Counts | None,
     ) -> tuple[tuple, dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Return arguments, rows and counts, in whatever way they are given."""
         for what, given in (("indices", indices), ("valid", valid)):
@@ -623,9 +620,7 @@ class SubsampleSVI(SVI):
         return args, kwargs, named | dict(indices or {}), counts | dict(valid or {})
 
     @contextmanager
-    def _batch(
-        self, indices: Mapping[str, ArrayLike], valid: Mapping[str, ArrayLike]
-    ) -> Generator[None]:
+    def _batch(self, indices: Rows, valid: Counts) -> Generator[None]:
         """Hold for one step what is known of its batch."""
         # A handler cannot tell this objective from the others; here it is known.
         graph = isinstance(self.loss, TraceGraph_ELBO)
@@ -638,7 +633,7 @@ class SubsampleSVI(SVI):
         with of_step, pinned, counts, watcher, dynamic_subsample():
             yield
 
-    def _check_counts_can_be_used(self, valid: Mapping[str, ArrayLike]) -> None:
+    def _check_counts_can_be_used(self, valid: Counts) -> None:
         if isinstance(self.loss, RenyiELBO):
             what = "RenyiELBO takes the scale of a plate apart from its sites and"
             other = "objective"
@@ -662,7 +657,7 @@ class _PinnedRows(substitute):
 
     data: dict[str, jax.Array]
 
-    def __init__(self, indices: Mapping[str, ArrayLike]) -> None:
+    def __init__(self, indices: Rows) -> None:
         # Made arrays here, once: a loss may compile parts of itself.
         super().__init__(data={n: jnp.asarray(rows) for n, rows in indices.items()})
         self._checked = {

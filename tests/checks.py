@@ -58,4 +58,7 @@ def compilations(name="backend_compile"):
     try:
         yield found
     finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        # Older versions of JAX listen to the end.
+        stop = getattr(jax.monitoring, "unregister_event_duration_listener", None)
+        if stop is not None:
+            stop(listen)

@@ -1,5 +1,6 @@
 """What this library uses of NumPyro's insides, by name."""
 
+import jax
 import numpyro
 import pytest
 from numpyro import handlers, infer, primitives
@@ -20,6 +21,8 @@ OWNERS = {
     "optim": lambda: numpyro.optim,
     "provenance": lambda: provenance,
     "Predictive": lambda: infer.Predictive,
+    "util": lambda: infer.util,
+    "jax": lambda: jax.core,
     "autoguide": lambda: autoguide,
     "AutoNormal": lambda: initialised(AutoNormal(one_latent)),
     "AutoGuideList": lambda: AutoGuideList(one_latent),
@@ -41,6 +44,8 @@ NAMES = [
     ("optim", "_NumPyroOptim"),
     ("provenance", "eval_provenance"),
     ("Predictive", "__call__"),
+    ("util", "find_valid_initial_params"),
+    ("jax", "eval_jaxpr"),
     ("AutoNormal", "prototype_trace"),
     ("AutoNormal", "_setup_prototype"),
     ("AutoNormal", "_prototype_frames"),

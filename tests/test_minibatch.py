@@ -120,11 +120,11 @@ X3 = np.zeros(3)
         (lambda: minibatch(X3, rows={"n": [0, -1, 2]}), "'n' run from -1 to 2, below"),
         (
             lambda: minibatch(X3, rows={"n": [0, 9, 2]}, size=9),
-            "'n' run from 0 to 9, outside of 0 to 8",
+            r"'n' \(size 9\) run from 0 to 9, outside 0 to 8",
         ),
         (
             lambda: minibatch(X3, rows={"n": jnp.array([0, 9, 2])}, size={"n": 9}),
-            "'n' run from 0 to 9, outside of 0 to 8",
+            r"'n' \(size 9\) run from 0 to 9, outside 0 to 8",
         ),
         (lambda: minibatch(X3, rows={"n": [0, 1]}), "'n' must have one length.*: 3"),
         (lambda: minibatch(X3, y=[1], rows={"n": None}), "'n' .*argument 'y'.: 1"),

@@ -14,6 +14,7 @@ from scipy import stats
 
 from models import independent
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
+from numpyro_dynamic_subsample.predict import Request
 
 N, NOISE, DRAWS = 10, 0.5, 20_000
 LOC, SCALE = np.linspace(-2, 3, N), np.linspace(0.2, 1.5, N)
@@ -360,8 +361,9 @@ def test_memory_is_that_of_the_batch():
     params = svi.get_params(state)
     options = {"num_samples": 1000, "indices": rows}
     svi.predict(jax.random.key(0), params, jnp.zeros(64), **options)
-    (program,) = svi._programs.values()
-    given = jax.random.key(0), 0, params, {0: jnp.zeros(64)}, rows
-    memory = program.run.lower(*given).compile().memory_analysis()
+    (draws,) = svi._programs.values()
+    static = Request(num_samples=1000), jax.tree.structure(((0,), {})), (None,)
+    given = jax.random.key(0), params, 0, ([jnp.zeros(64)], rows, {})
+    memory = draws.lower(static, *given).compile().memory_analysis()
     assert memory.output_size_in_bytes <= 1000 * 64 * 4 + 1000
     assert memory.temp_size_in_bytes < 1000 * 64 * 4
