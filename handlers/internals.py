@@ -302,6 +302,12 @@ def forget_first_call(guide: Any) -> None:
 
 _programs: dict[int, Callable] = {}
 
+# They run once, so that compiling is most of what they take.
+_QUICKLY: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+}
+
 
 def compiled(function: Callable, *args: Any) -> Callable:
     """Compile a function of arrays, or find the program that computes the same.
@@ -315,7 +321,7 @@ def compiled(function: Callable, *args: Any) -> Callable:
     )
     program = hash(lowered.as_text())
     if program not in _programs:
-        _programs[program] = lowered.compile()
+        _programs[program] = lowered.compile(_QUICKLY)
     structure = jax.tree.structure(shapes)
 
     def run(*args: Any) -> Any:
