@@ -171,7 +171,7 @@ def pair():
     return Pair(model, AutoNormal(model), TraceMeanField_ELBO(num_particles=2))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(order=st.permutations(range(N)), count=st.sampled_from([1, 4, CAPACITY]))
 def test_drawn_rows_and_counts(pair, order, count):
     pair.check(np.array(order[:count]))
