@@ -1,34 +1,32 @@
 import os
-import shutil
-import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 # Compiling is what this suite spends its time on. The programs that it compares are
-# compiled alike, and often to the same; processes share what they compile.
+# compiled alike, and often to the same; processes share what they compile, and later
+# runs find it again, unless with ``--cache-clear``.
 FLAGS = ["--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):  # an unknown flag would end the process
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 # NumPyro adds sites up in the order of a set: now it is the same in all processes.
 os.environ.setdefault("PYTHONHASHSEED", "0")
-CACHE = tempfile.mkdtemp() if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None
-if CACHE is not None:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "d" / "programs"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import numpyro  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from numpyro.contrib.funsor.enum_messenger import plate as enum_plate  # noqa: E402
 from numpyro.infer import Predictive, autoguide  # noqa: E402
 from numpyro.infer.autoguide import AutoGuide  # noqa: E402
 from numpyro.primitives import _PYRO_STACK  # noqa: E402
 
-
-def pytest_unconfigure():
-    if CACHE is not None:
-        shutil.rmtree(CACHE, ignore_errors=True)
-
+# The same examples in every run, so that one fails for what has changed. Some compile.
+settings.register_profile("tests", derandomize=True, deadline=None)
+settings.load_profile("tests")
 
 CHANGED = [
     (numpyro.plate, "_subsample"),

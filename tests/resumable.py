@@ -15,8 +15,8 @@ from models import hierarchy
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 from numpyro_dynamic_subsample.__main__ import newest
 
-ROWS, BATCH, EPOCHS = 200, 16, 10
-SAVE_EVERY = 10
+ROWS, BATCH, EPOCHS = 184, 16, 6
+SAVE_EVERY = 9
 DATA = np.random.default_rng(0).normal(size=ROWS).astype("f4")
 
 

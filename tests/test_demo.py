@@ -112,22 +112,22 @@ def test_missing_package_is_named(monkeypatch, tmp_path, package):
 
 def test_killed_fit_resumes(ratings, tmp_path, capsys):
     demo = [sys.executable, "-m", "numpyro_dynamic_subsample"]
-    options = ["--epochs", "60", "--seed", "3", "--checkpoint", tmp_path]
-    saved = tmp_path / "epochs60-batch128-seed3"
+    options = ["--epochs", "30", "--seed", "3", "--checkpoint", tmp_path]
+    saved = tmp_path / "epochs30-batch128-seed3"
     with subprocess.Popen([*demo, *options], stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (saved / str(SAVE_EVERY)).exists():
             time.sleep(0.01)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    resumed = fit(ratings, 60, 128, 3, checkpoints(saved))
+    resumed = fit(ratings, 30, 128, 3, checkpoints(saved))
     last = max(int(path.name) for path in saved.iterdir() if path.name.isdigit())
-    assert last == 60
+    assert last == 30
     said = re.search(
         r"Resuming after epoch (\d+), from (.*)\.\n", capsys.readouterr().out
     )
-    assert int(said[1]) % SAVE_EVERY == 0 and 0 < int(said[1]) < 60
+    assert int(said[1]) % SAVE_EVERY == 0 and 0 < int(said[1]) < 30
     assert said[2] == str(saved)
-    whole = fit(ratings, 60, 128, 3)
+    whole = fit(ratings, 30, 128, 3)
     assert resumed.compilations == 1
     assert resumed.losses == whole.losses
     assert resumed.batch_sizes == whole.batch_sizes
@@ -135,31 +135,31 @@ def test_killed_fit_resumes(ratings, tmp_path, capsys):
         np.testing.assert_array_equal(resumed.median[name], median)
 
 
-ON_FOUR_DEVICES = """
+ON_TWO_DEVICES = """
 import json, sys
 import numpy as np
 from numpyro_dynamic_subsample import __main__ as demo
 
 def report(fit, quick):
-    split = demo.spread([np.zeros((8, 3)), np.zeros((3, 8)), np.zeros(())], 4)
+    split = demo.spread([np.zeros((8, 3)), np.zeros((3, 8)), np.zeros(())], 2)
     shapes = [array.sharding.shard_shape(array.shape) for array in split]
     print(json.dumps([fit.losses, fit.compilations, shapes]))
 
 demo.report = report
-demo.main(["--epochs", "12", "--devices", "4", "--checkpoint", *sys.argv[1:]])
+demo.main(["--epochs", "11", "--devices", "2", "--checkpoint", *sys.argv[1:]])
 """
 
 
 def test_fit_on_several_devices(ratings, tmp_path):
-    program = [sys.executable, "-c", ON_FOUR_DEVICES, tmp_path]
+    program = [sys.executable, "-c", ON_TWO_DEVICES, tmp_path]
     out = subprocess.run(program, check=True, capture_output=True, text=True).stdout
     losses, compilations, shapes = json.loads(out.splitlines()[-1])
     assert compilations == 1
     # What was saved there can be resumed on another number of devices.
-    for saved in (None, checkpoints(tmp_path / "epochs12-batch128-seed0")):
-        on_one = fit(ratings, 12, 128, 0, saved)
+    for saved in (None, checkpoints(tmp_path / "epochs11-batch128-seed0")):
+        on_one = fit(ratings, 11, 128, 0, saved)
         np.testing.assert_allclose(on_one.losses, losses, rtol=1e-5)
-    assert shapes == [[2, 3], [3, 8], []]
+    assert shapes == [[4, 3], [3, 8], []]
 
 
 @pytest.mark.parametrize("batch_size", [1, 128, 743, STUDENTS])

@@ -9,7 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpyro.handlers import block, substitute
 from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
@@ -82,11 +82,7 @@ def pair_and_states(request):
     return pair, pair.init(request.param)
 
 
-@settings(
-    max_examples=20,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=20)
 @given(sizes=st.lists(st.sampled_from([1, 3, 5, N]), min_size=2, max_size=6))
 def test_drawn_sequences(pair_and_states, sizes):
     """After any first size, any sequence of sizes."""

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +47,19 @@ def sliced(rows, data=None):
         numpyro.sample("y", dist.Normal(z, 1), obs=data)
 
 
-def trained(guide, model, first, form="wrapper"):
+FIRST = {"batch": ROWS, "one": ROWS[:1], "four": jnp.arange(4), "all": jnp.arange(N)}
+
+
+@cache
+def trained(make, model, first, form="wrapper"):
+    """A guide and its parameters. Tests share them: all only ask for answers."""
+    guide = make(model)
     if form == "wrapper":
         guide = dynamic_subsample(guide)
     svi = SVI(model, guide, optax.sgd(1e-3), Trace_ELBO())
     with dynamic_subsample():
-        state, _ = svi.update(svi.init(jax.random.key(0), first), ROWS)
+        state = svi.init(jax.random.key(0), FIRST[first])
+        state, _ = jax.jit(svi.update)(state, ROWS)
     return guide, svi.get_params(state)
 
 
@@ -69,11 +77,11 @@ def every_answer(guide, params):
 
 
 @pytest.mark.parametrize("form", ["wrapper", "context"])
-@pytest.mark.parametrize("first", [ROWS, jnp.arange(N)], ids=["batch", "all"])
+@pytest.mark.parametrize("first", ["batch", "all"])
 @pytest.mark.parametrize("guide_class", MEAN_FIELD + JOINT)
 def test_answers_are_for_all_rows(guide_class, first, form):
     """Deterministic sites too, where the model indexes its data."""
-    guide, params = trained(guide_class(indexing), indexing, first, form)
+    guide, params = trained(guide_class, indexing, first, form)
     with dynamic_subsample(), warnings.catch_warnings():
         if guide_class is AutoDelta:  # runs the model without any arguments
             warnings.filterwarnings("ignore", "Left out the deterministic")
@@ -86,10 +94,10 @@ def test_answers_are_for_all_rows(guide_class, first, form):
                 )
 
 
-@pytest.mark.parametrize("first", [ROWS, ROWS[:1]], ids=["three", "one"])
+@pytest.mark.parametrize("first", ["batch", "one"])
 def test_deterministic_site_that_cannot_be_computed(first):
     """One row would broadcast to all; its datum is not theirs."""
-    guide, params = trained(AutoNormal(sliced), sliced, first)
+    guide, params = trained(AutoNormal, sliced, first)
     for ask in (guide.median, lambda p: guide.sample_posterior(jax.random.key(0), p)):
         with pytest.warns(
             UserWarning, match=r"\['doubled'\].*Pass the model's"
@@ -104,8 +112,8 @@ def test_deterministic_site_that_cannot_be_computed(first):
 @pytest.mark.parametrize("guide_class", [*MEAN_FIELD, AutoMultivariateNormal])
 @pytest.mark.parametrize("sample_shape", [(), (2,)])
 def test_given_arguments_decide(guide_class, model, sample_shape):
-    first = jnp.arange(N) if guide_class is AutoMultivariateNormal else ROWS
-    guide, params = trained(guide_class(model), model, first)
+    first = "all" if guide_class is AutoMultivariateNormal else "batch"
+    guide, params = trained(guide_class, model, first)
     rows = jnp.array([7, 0])
     drawn = guide.sample_posterior(
         jax.random.key(1), params, rows, sample_shape=sample_shape
@@ -115,13 +123,13 @@ def test_given_arguments_decide(guide_class, model, sample_shape):
     np.testing.assert_allclose(drawn["doubled"], expected, rtol=1e-5)
 
 
-def two_parts():
+def two_parts(model):
     parts = {"mu": AutoNormal, "z": AutoNormal}
-    return guide_list(sliced, parts, hide=["y", "doubled"])
+    return guide_list(model, parts, hide=["y", "doubled"])
 
 
 def test_parts_of_a_list_answer_for_all_rows():
-    guide, params = trained(two_parts(), sliced, ROWS)
+    guide, params = trained(two_parts, sliced, "batch")
     for answer, shape in every_answer(guide, params):
         assert answer["z"].shape == (*shape, N)
 
@@ -132,8 +140,10 @@ def test_semi_dais_answers_for_the_rows_asked_for():
             z = numpyro.sample("z", dist.LogNormal(0, 1))
             numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
 
-    guide = AutoSemiDAIS(local, local, subsample_plate="n")
-    guide, params = trained(guide, local, jnp.arange(4))
+    def semi_dais(model):
+        return AutoSemiDAIS(model, model, subsample_plate="n", K=2)
+
+    guide, params = trained(semi_dais, local, "four")
     for rows in (ROWS[:1], ROWS, jnp.arange(N)):
         drawn = guide.sample_posterior(
             jax.random.key(0), params, rows, sample_shape=(2,)
@@ -147,7 +157,7 @@ def test_semi_dais_answers_for_the_rows_asked_for():
 )
 @pytest.mark.parametrize("how", ["guide", "model and guide", "samples"])
 def test_predictive_has_the_right_rows(how, rows, parallel):
-    guide, params = trained(AutoDelta(indexing), indexing, jnp.arange(4))
+    guide, params = trained(AutoDelta, indexing, "four")
     params = {**params, "z_auto_loc": 1.0 + jnp.arange(N)}
     options = {"params": params, "parallel": parallel}
     key = jax.random.key(0)
@@ -185,9 +195,9 @@ SOME = jnp.array([6, 0, 6])
 @pytest.mark.parametrize("how", ["indices", "pin", "context"])
 @pytest.mark.parametrize("guide_class", [AutoNormal, AutoDelta, AutoDiagonalNormal])
 def test_some_rows(guide_class, how):
-    first = jnp.arange(N) if guide_class is AutoDiagonalNormal else ROWS
+    first = "all" if guide_class is AutoDiagonalNormal else "batch"
     form = "context" if how == "context" else "wrapper"
-    guide, params = trained(guide_class(everything), everything, first, form)
+    guide, params = trained(guide_class, everything, first, form)
     rows = {"n": SOME}
     around = handlers.substitute(data=rows) if how == "pin" else dynamic_subsample()
     asked = {} if how == "pin" else {"indices": rows}
@@ -218,7 +228,7 @@ def test_some_rows(guide_class, how):
 
 @pytest.mark.parametrize("form", ["wrapper", "context"])
 def test_all_rows_in_another_order(form):
-    guide, params = trained(AutoNormal(indexing), indexing, ROWS, form)
+    guide, params = trained(AutoNormal, indexing, "batch", form)
     rows = jnp.array(np.random.default_rng(0).permutation(N))
     with dynamic_subsample():
         drawn = guide.sample_posterior(
@@ -229,7 +239,7 @@ def test_all_rows_in_another_order(form):
 
 
 def test_some_rows_of_a_list_and_names_that_are_none():
-    guide, params = trained(two_parts(), sliced, ROWS)
+    guide, params = trained(two_parts, sliced, "batch")
     some = guide.quantiles(params, [0.1, 0.9], indices={"n": SOME})
     whole = guide.quantiles(params, [0.1, 0.9])
     np.testing.assert_array_equal(some["z"], whole["z"][:, SOME])

@@ -231,7 +231,7 @@ def padded_and_not():
     return state, jax.jit(padded), jax.jit(svi.update), compiled
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_padded_steps_equal_unpadded_ones(padded_and_not, data):
     state, padded, unpadded, compiled = padded_and_not
