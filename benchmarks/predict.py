@@ -4,7 +4,6 @@
 """
 
 import json
-import resource
 import sys
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ import optax
 from numpyro_dynamic_subsample import minibatch
 
 from .pairs import Case, Found, Row, agree, run, seconds
+from .peer_scripts.record import peak_bytes
 from .rows import conjugate_svi, observations
 
 CHUNK, DRAWS = 10_000, 100
@@ -45,11 +45,10 @@ def predict(way: str, rows: int, times: int) -> dict[str, Any]:
             made = svi.predict(key, state, batch(np.arange(rows)), **options)
         return made["y"]
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     spread = float(draw().std())
     took = [seconds(draw) for _ in range(times)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": took, "kibibytes": peak - before, "spread": spread}
+    return {"seconds": took, "bytes": peak_bytes() - before, "spread": spread}
 
 
 def compare(rows: int, times: int) -> Found:
@@ -59,7 +58,7 @@ def compare(rows: int, times: int) -> Found:
     ours, other = (found[way] for way in WAYS)
     case = f"{DRAWS} draws of {rows:,} rows in chunks of {CHUNK:,}"
     took = (np.array(own["seconds"]) for own in (ours, other))
-    memory = (own["kibibytes"] / 1024 for own in (ours, other))
+    memory = (own["bytes"] / 2**20 for own in (ours, other))
     return Found(
         [
             Row(case, WAYS[1], "s", *took),
