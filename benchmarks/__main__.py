@@ -115,9 +115,14 @@ def main(argv: list[str] | None = None) -> None:
     for name in options.only:
         results[name] = measure(name, families[name](quick))
         path.write_text(json.dumps(results, indent=1) + "\n")
+        tables = {
+            name: table(results[name]["rows"]) for name in FAMILIES if name in results
+        }
+        text = "".join(f"\n## {name}\n\n{own}\n" for name, own in tables.items())
+        (output / "RESULTS.md").write_text(f"# Results\n{text}")
         if name in PICTURES:
             PICTURES[name](results[name]["series"], output)
-        print(f"\n## {name}\n\n{table(results[name]['rows'])}\n", flush=True)
+        print(f"\n## {name}\n\n{tables[name]}\n", flush=True)
     missed = [
         f"{name}: {row['case']} against {row['against']}"
         for name in options.only
