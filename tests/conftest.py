@@ -1,3 +1,4 @@
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,10 @@ from numpyro.contrib.funsor.enum_messenger import plate as enum_plate  # noqa: E
 from numpyro.infer import Predictive, autoguide  # noqa: E402
 from numpyro.infer.autoguide import AutoGuide  # noqa: E402
 from numpyro.primitives import _PYRO_STACK  # noqa: E402
+
+# What JAX traces is many small objects, which Python would go through time and again.
+gc.freeze()
+gc.set_threshold(100_000)
 
 # The same examples in every run, so that one fails for what has changed. Some compile.
 settings.register_profile("tests", derandomize=True, deadline=None)

@@ -71,7 +71,7 @@ def by_hand(model):
 
 
 def semi_dais(model):
-    return AutoSemiDAIS(model, model, subsample_plate="n")
+    return AutoSemiDAIS(model, model, subsample_plate="n", K=2)
 
 
 def step(svi, state, x, size, rows):

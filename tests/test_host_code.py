@@ -331,9 +331,8 @@ def test_two_autoguides_share_drawn_rows_with_an_enumerating_objective():
         state = svi.init(jax.random.key(0), 3)
         params = {"a_auto_loc": 10 * X, "b_auto_loc": -10 * X}
         state = state._replace(optim_state=svi.optim.init(params))
-        losses = [
-            svi.evaluate(state._replace(rng_key=jax.random.key(k)), 3) for k in range(4)
-        ]
+        evaluate = jax.jit(lambda key: svi.evaluate(state._replace(rng_key=key), 3))
+        losses = [evaluate(jax.random.key(k)) for k in range(4)]
     each = dist.Normal(0, 100).log_prob(0.0) + dist.Normal(0, 0.1).log_prob(0.0)
     np.testing.assert_allclose(losses, -2 * N * each, rtol=1e-2)
 
@@ -360,7 +359,7 @@ def test_plate_made_outside_of_a_scan_and_entered_inside(form):
         state = svi.init(jax.random.key(0), table[:, :2], rows)
         for rows in (jnp.array([3, 1]), jnp.array([7, 0, 2, 5])):
             before = svi.get_params(state)["state_auto_loc"]
-            state, _ = svi.update(state, table[:, rows], rows)
+            state, _ = jax.jit(svi.update)(state, table[:, rows], rows)
             after = svi.get_params(state)["state_auto_loc"]
             changed = np.flatnonzero((after != before).any(0))
             np.testing.assert_array_equal(changed, np.sort(rows))
