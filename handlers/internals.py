@@ -341,8 +341,7 @@ def search_compiled() -> Generator[None]:
     ) -> Any:
         def find(rng_key: jax.Array) -> Any:
             # Not an argument, since JAX would sort its sites: each draws in its turn.
-            options["prototype_params"] = prototype_params
-            return search(rng_key, model, **options)
+            return search(rng_key, model, prototype_params=prototype_params, **options)
 
         try:
             (params, *others), is_valid = compiled(find, rng_key)(rng_key)

@@ -105,7 +105,7 @@ def train(form, mesh):
     whole = list(batches(CAPACITY if pads else None))
     steps = [(spread(batch), spread(rows), count) for batch, rows, count in whole]
     first = jax.tree.map(jnp.asarray, whole[0])
-    state = jax.jit(partial(call, svi.init))(jax.random.key(0), *first)
+    state = call(svi.init, jax.random.key(0), *first)
     shardings = jax.tree.map(by_rows, state)
     state = jax.jit(lambda state: state, out_shardings=shardings)(state)
     update = jax.jit(partial(call, svi.update), donate_argnums=0)
