@@ -2,11 +2,11 @@
 
 from importlib.metadata import version as _version
 
-from .alignment import MisalignedSubsampleWarning, UnscaledSubsampleWarning
-from .dynamic_subsample import dynamic_subsample
-from .minibatch import Minibatch, minibatch
-from .padding import pad_minibatch, valid_rows
-from .subsample_svi import SubsampleSVI
+from .batches.minibatch import Minibatch, minibatch
+from .batches.padding import pad_minibatch, valid_rows
+from .effect.alignment import MisalignedSubsampleWarning, UnscaledSubsampleWarning
+from .effect.dynamic_subsample import dynamic_subsample
+from .steps.subsample_svi import SubsampleSVI
 
 __all__ = [
     "Minibatch",

@@ -22,9 +22,9 @@ from numpyro.handlers import scale
 from numpyro.infer import TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoNormal
 
-from .fit import span
-from .minibatch import Minibatch, minibatch
-from .subsample_svi import SubsampleSVI
+from .batches.minibatch import Minibatch, minibatch
+from .steps.fit import span
+from .steps.subsample_svi import SubsampleSVI
 
 STUDENTS = 2972
 LECTURERS = 1128

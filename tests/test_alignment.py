@@ -46,7 +46,7 @@ from numpyro_dynamic_subsample import (
     alignment,
     dynamic_subsample,
 )
-from numpyro_dynamic_subsample.padding import valid_rows
+from numpyro_dynamic_subsample.batches.padding import valid_rows
 
 B = 4
 STEPS = 60

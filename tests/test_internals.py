@@ -11,7 +11,7 @@ from numpyro.ops import provenance
 
 import numpyro_dynamic_subsample
 from models import N, initialised, local, one_latent
-from numpyro_dynamic_subsample import internals
+from numpyro_dynamic_subsample.effect import internals
 
 OWNERS = {
     "primitives": lambda: primitives,

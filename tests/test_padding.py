@@ -15,7 +15,7 @@ from numpyro.infer.util import log_density
 
 from checks import compilations
 from numpyro_dynamic_subsample import pad_minibatch
-from numpyro_dynamic_subsample.padding import valid_rows
+from numpyro_dynamic_subsample.batches.padding import valid_rows
 
 
 class Batch(NamedTuple):

@@ -14,7 +14,7 @@ from scipy import stats
 
 from models import independent
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
-from numpyro_dynamic_subsample.predict import Request
+from numpyro_dynamic_subsample.steps.predict import Request
 
 N, NOISE, DRAWS = 10, 0.5, 20_000
 LOC, SCALE = np.linspace(-2, 3, N), np.linspace(0.2, 1.5, N)

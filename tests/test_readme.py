@@ -14,7 +14,7 @@ def test_code_blocks():
 
 
 def test_files_that_are_named():
-    modules = {path.stem for path in (ROOT / "handlers").glob("*.py")}
+    modules = {path.stem for path in (ROOT / "handlers").rglob("*.py")}
     tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
     assert modules <= set(re.findall(r"`(\w+)\.py`", README))
     # Tests that are called after a module need no name of their own.

@@ -21,12 +21,12 @@ from numpyro.infer.autoguide import (
     AutoSemiDAIS,
 )
 
+from ..batches.padding import check_names
 from . import internals
 from .alignment import warn
 from .guide_call import GuideCall
 from .guides import Serving, is_served, served
 from .model_call import ModelCall, Samples
-from .padding import check_names
 from .plates import Rows, as_rows, full_size, take_rows
 
 # Methods that return latents take `indices`.

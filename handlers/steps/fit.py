@@ -15,7 +15,7 @@ import numpy as np
 from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
-from .minibatch import Minibatch, as_minibatch
+from ..batches.minibatch import Minibatch, as_minibatch
 
 if TYPE_CHECKING:
     from .subsample_svi import SubsampleSVI

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from numpyro.handlers import condition, replay
 
+from ..batches.padding import valid_rows
 from . import internals
 from .internals import Handler, Tracer
-from .padding import valid_rows
 from .plates import (
     PlateRows,
     all_in_order,

@@ -15,10 +15,10 @@ import numpy as np
 from numpyro.handlers import substitute, trace
 from numpyro.util import find_stack_level
 
+from ..batches.padding import valid_rows
 from . import internals
 from .guide_call import GuideCall
 from .internals import Handler, Tracer
-from .padding import valid_rows
 from .plates import PlateRows, hidden_run, read_plates
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from .internals import Optimizer, compiled
+from ..effect.internals import Optimizer, compiled
 
 # By plate, the axis of an array that runs over the plate's rows.
 Axes = dict[str, int]

@@ -13,10 +13,10 @@ from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO
 from numpyro.infer.svi import SVIState
 
-from .guides import joint_over
-from .internals import Handler, Optimizer
+from ..effect.guides import joint_over
+from ..effect.internals import Handler, Optimizer
+from ..effect.plates import Counts, all_in_order
 from .optimizers import REMEDY, Axes, axes_of_leaves, check_rows_are_apart
-from .plates import Counts, all_in_order
 
 
 class RowParams(Handler):

@@ -12,8 +12,8 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 from jax.typing import ArrayLike
 from numpyro.distributions import MaskedDistribution
 
-from . import internals
-from .internals import CondIndepStackFrame, Handler, Tracer
+from ..effect import internals
+from ..effect.internals import CondIndepStackFrame, Handler, Tracer
 
 
 def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:

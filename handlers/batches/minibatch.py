@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 
+from ..effect.plates import check_rows
 from .padding import as_array, checked_capacity, repeat_last_row
-from .plates import check_rows
 
 Capacity = int | Callable[[int], int]
 

@@ -19,12 +19,12 @@ from numpyro.infer.autoguide import (
 from numpyro.infer.initialization import init_to_value
 from numpyro.infer.svi import SVIState
 
-from . import internals
-from .first_call import evaluates_first_data
-from .guides import autoguides_in, joint_over
-from .internals import undone_on_error
+from ..effect import internals
+from ..effect.first_call import evaluates_first_data
+from ..effect.guides import autoguides_in, joint_over
+from ..effect.internals import undone_on_error
+from ..effect.plates import check_size, read_plates
 from .optimizers import axes_of_leaves
-from .plates import check_size, read_plates
 from .rowwise import RowParams
 
 # A step splits the same key into a few; this number gives another one.

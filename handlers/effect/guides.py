@@ -21,13 +21,13 @@ from numpyro.infer.autoguide import (
     AutoSemiDAIS,
 )
 
+from ..batches.padding import valid_rows
 from . import internals
 from .alignment import check_drawn_rows, check_scales, looked_at
 from .first_call import needs_whole_likelihood, set_up
 from .guide_call import GuideCall
 from .internals import CondIndepStackFrame, Handler
 from .model_call import ModelCall
-from .padding import valid_rows
 from .plates import (
     arguments_for_plates,
     full_size,

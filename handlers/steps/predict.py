@@ -24,12 +24,12 @@ from numpyro.infer.autoguide import AutoSemiDAIS
 from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
-from . import internals
-from .guide_call import GuideCall
-from .guides import autoguides_in
-from .minibatch import as_minibatch
-from .padding import check_count, check_names, valid_rows
-from .plates import PlateRows, check_rows, read_plates
+from ..batches.minibatch import as_minibatch
+from ..batches.padding import check_count, check_names, valid_rows
+from ..effect import internals
+from ..effect.guide_call import GuideCall
+from ..effect.guides import autoguides_in
+from ..effect.plates import PlateRows, check_rows, read_plates
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
 from numpyro.infer.svi import SVIRunResult, SVIState
 from tqdm.auto import tqdm
 
-from . import internals
-from .alignment import MisalignedSubsampleWarning, ScoreFunctionWatcher
-from .dynamic_subsample import dynamic_subsample
+from ..batches.minibatch import Minibatch
+from ..batches.padding import check_names, valid_rows
+from ..effect import internals
+from ..effect.alignment import MisalignedSubsampleWarning, ScoreFunctionWatcher
+from ..effect.dynamic_subsample import dynamic_subsample
+from ..effect.internals import Tracer
+from ..effect.model_call import pinned_in_model
+from ..effect.plates import Counts, Rows, arguments_for_plates, check_rows
 from .fit import fit as fit_batches
 from .grow import grown
-from .internals import Tracer
-from .minibatch import Minibatch
-from .model_call import pinned_in_model
-from .padding import check_names, valid_rows
-from .plates import Counts, Rows, arguments_for_plates, check_rows
 from .predict import Request, predict, unpacked
 from .rowwise import RowSteps
 

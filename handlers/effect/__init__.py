@@ -1,0 +1,1 @@
+"""The effect handler: guides whose plates follow the model's."""

@@ -1,0 +1,1 @@
+"""Steps on batches, the training loop, and what comes after the fit."""
