@@ -152,10 +152,10 @@ def row_wise(rows: int) -> Problem:
     draw = np.random.default_rng(1)
     indices = [draw.integers(0, rows, BATCH, dtype="int32") for _ in range(64)]
     batches = [(jnp.asarray(y[own]), jnp.asarray(own)) for own in indices]
-    state = svi.init(jax.random.key(0), batches[0][0], indices={"rows": indices[0]})
+    state = svi.init(jax.random.key(0), minibatch(batches[0][0], rows={"rows": indices[0]}))
 
     def ours(state: Any, y: Any, own: Any) -> Any:
-        return svi.update(state, y, indices={"rows": own})
+        return svi.update(state, minibatch(y, rows={"rows": own}))
 
     return Problem(ours, partial(row_step, rows), state, batches)
 

@@ -62,9 +62,9 @@ def compiled(rows: int, rowwise: bool) -> Compiled:
     batches = [(jnp.asarray(y[own]), jnp.asarray(own)) for own in indices]
 
     def update(state: Any, y: Any, own: Any) -> Any:
-        return svi.update(state, y, indices={"rows": own})
+        return svi.update(state, minibatch(y, rows={"rows": own}))
 
-    state = svi.init(jax.random.key(0), batches[0][0], indices={"rows": indices[0]})
+    state = svi.init(jax.random.key(0), minibatch(batches[0][0], rows={"rows": indices[0]}))
     step = jax.jit(update, donate_argnums=0).lower(state, *batches[0]).compile()
     memory = step.memory_analysis()
     assert memory is not None
@@ -132,12 +132,12 @@ def course(
     distance = jax.jit(nats_a_row)
 
     def update(state: Any, own: Any) -> Any:
-        return svi.update(state, y[own], indices={"rows": own})
+        return svi.update(state, minibatch(y[own], rows={"rows": own}))
 
     # A tenth of an epoch at once, so that calls cost nothing beside the steps.
     chunks = [jnp.asarray(chunk) for chunk in np.split(parts, 10)]
     own = chunks[0][0]
-    state = svi.init(jax.random.key(0), y[own], indices={"rows": own})
+    state = svi.init(jax.random.key(0), minibatch(y[own], rows={"rows": own}))
     scan = jax.jit(partial(jax.lax.scan, update), donate_argnums=0)
     run = scan.lower(state, chunks[0]).compile()
     seconds = 0.0

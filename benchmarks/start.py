@@ -86,9 +86,9 @@ def first_step(way: str) -> dict[str, float]:
         valid = dict.fromkeys(rows, BATCH) if way == "padded" else {}
 
         def update(state: Any, y: Any, rows: Any, valid: Any) -> Any:
-            return svi.update(state, y, indices=rows, valid=valid)
+            return svi.update(state, minibatch(y, rows=rows, counts=valid))
 
-        return svi.init(key, y, indices=rows), update, (y, rows, valid)
+        return svi.init(key, minibatch(y, rows=rows)), update, (y, rows, valid)
 
     def start() -> Any:
         state, update, batch = by_hand() if way == AGAINST else ours()

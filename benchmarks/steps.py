@@ -149,7 +149,7 @@ def sides(problem: Problem) -> dict[str, Side]:
     plain = SVI(model, guide, optimizer, problem.loss)
 
     def ours(state: Any, batch: Any, rows: Any) -> Any:
-        return svi.update(state, batch, indices={plate: rows})
+        return svi.update(state, minibatch(batch, rows={plate: rows}))
 
     def by_hand(state: Any, batch: Any, rows: Any) -> Any:
         with substitute(data={plate: rows}):

@@ -3,9 +3,9 @@
 from importlib.metadata import version as _version
 
 from .batches.minibatch import Minibatch, minibatch
-from .batches.padding import pad_minibatch, valid_rows
-from .effect.alignment import MisalignedSubsampleWarning, UnscaledSubsampleWarning
+from .effect.data_flow import MisalignedSubsampleWarning, UnscaledSubsampleWarning
 from .effect.dynamic_subsample import dynamic_subsample
+from .effect.pin_rows import pin_rows
 from .steps.subsample_svi import SubsampleSVI
 
 __all__ = [
@@ -15,8 +15,7 @@ __all__ = [
     "UnscaledSubsampleWarning",
     "dynamic_subsample",
     "minibatch",
-    "pad_minibatch",
-    "valid_rows",
+    "pin_rows",
 ]
 
 __version__ = _version("numpyro-dynamic-subsample")

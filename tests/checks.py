@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_dynamic_subsample import Minibatch
+
 
 def numbers(tree):
     """A tree's leaves as NumPy's arrays, also those that are keys."""
@@ -66,3 +68,16 @@ def compilations(name="backend_compile"):
         stop = getattr(jax.monitoring, "unregister_event_duration_listener", None)
         if stop is not None:
             stop(listen)
+
+
+def told(*args, rows=None, counts=None, **kwargs):
+    """A batch whose rows and counts are given as they are, padding and all."""
+    counts = dict(counts or {})
+    return Minibatch(args, kwargs, dict(rows or {}), counts, padded=tuple(counts))
+
+
+def pad(arrays, capacity):
+    """Arrays of one length, padded by their last rows, and that length."""
+    count = len(arrays[0])
+    rows = np.minimum(np.arange(capacity), count - 1)
+    return tuple(np.asarray(array)[rows] for array in arrays), count

@@ -22,6 +22,7 @@ from numpyro.handlers import substitute
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
+from checks import told
 from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, minibatch
 
 ROWS = 16_000
@@ -60,7 +61,7 @@ def padded(guide, optimizer, **options):
     svi = SubsampleSVI(model, guide, optimizer, Trace_ELBO(), **options)
 
     def call(run, argument, batch, rows, count):
-        return run(argument, batch, indices={"rows": rows}, valid={"rows": count})
+        return run(argument, batch, told(rows={"rows": rows}, counts={"rows": count}))
 
     return svi, call
 

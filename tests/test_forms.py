@@ -191,22 +191,6 @@ def test_context_around_a_jitted_update():
     assert moved.sum() == 6
 
 
-def test_model_runs_no_further_than_the_last_plate_of_the_guide():
-    reached = []
-
-    def model(size):
-        with rows_plate(size):
-            numpyro.sample("z", dist.Normal(0, 1))
-        reached.append(size)
-        with numpyro.plate("data only", N):
-            numpyro.sample("y", dist.Normal(0, 1), obs=X)
-
-    guide = initialised(dynamic_subsample(AutoNormal(model)))
-    reached.clear()
-    assert len(rows_of(guide, 5)) == 5
-    assert not reached
-
-
 def test_guide_of_global_latents_costs_no_run_of_the_model():
     runs = []
 

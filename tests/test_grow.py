@@ -22,7 +22,7 @@ from numpyro.infer.autoguide import (
 )
 from numpyro.infer.initialization import init_to_value
 
-from checks import assert_equal
+from checks import assert_equal, told
 from models import hierarchy, independent
 from numpyro_dynamic_subsample import SubsampleSVI
 
@@ -74,13 +74,23 @@ def semi_dais(model):
     return AutoSemiDAIS(model, model, subsample_plate="n", K=2)
 
 
+def compiled(method, **static):
+    """A method on a batch, compiled with some arguments of the model as they are."""
+
+    @jax.jit
+    def run(state, x, rows):
+        return method(state, told(x, **static, rows=rows))
+
+    return run
+
+
 def step(svi, state, x, size, rows):
-    return jax.jit(svi.update, static_argnums=2)(state, x, size, indices={"n": rows})[0]
+    return compiled(svi.update, size=size)(state, x, {"n": rows})[0]
 
 
 def fitted(svi, rows):
     """A state after one step."""
-    state = svi.init(jax.random.key(0), data(OLD)[rows], OLD, indices={"n": rows})
+    state = svi.init(jax.random.key(0), told(data(OLD)[rows], OLD, rows={"n": rows}))
     return step(svi, state, data(OLD)[rows], OLD, rows)
 
 
@@ -124,10 +134,10 @@ def test_old_rows_stay_and_new_rows_are_fresh(guide, optim, batch):
     state = fitted(svi, jnp.array([4, 0, 3]))
     params = svi.get_params(state)
 
-    same = svi.grow(state, data(OLD)[:2], OLD, indices={"n": jnp.array([3, 1])})
+    same = svi.grow(state, told(data(OLD)[:2], OLD, rows={"n": jnp.array([3, 1])}))
     assert_equal(same, state)
 
-    grown = svi.grow(state, data(NEW)[batch], NEW, indices={"n": batch})
+    grown = svi.grow(state, told(data(NEW)[batch], NEW, rows={"n": batch}))
     assert_equal(leading(grown, state), state)
     new_params = svi.get_params(grown)
     assert_equal(leading(new_params, params), params)
@@ -141,8 +151,8 @@ def test_old_rows_stay_and_new_rows_are_fresh(guide, optim, batch):
     # The fit goes on, and touches the rows of its batch only.
     rows = jnp.array([7, 2])
     step(svi, grown, data(NEW)[rows], NEW, rows)
-    with pytest.raises(ValueError, match="size 5 .* 8 rows. A plate cannot lose rows"):
-        svi.grow(grown, data(OLD)[:2], OLD, indices={"n": jnp.array([3, 1])})
+    with pytest.raises(ValueError, match="the number of rows of the whole data set, here 8.*size 5"):
+        svi.grow(grown, told(data(OLD)[:2], OLD, rows={"n": jnp.array([3, 1])}))
     if guide != "by hand":
         answer = svi.guide.sample_posterior(
             jax.random.key(0),
@@ -157,9 +167,9 @@ def test_grows_before_the_step_that_needs_it():
         independent, AutoNormal(independent), optax.sgd(0.1), Trace_ELBO()
     )
     rows = {"n": jnp.arange(3)}
-    state = svi.init(jax.random.key(0), data(OLD)[:3], OLD, indices=rows)
-    with pytest.raises(ValueError, match="size 8 .* 5 rows.*call the method grow"):
-        svi.update(state, data(NEW)[:3], NEW, indices=rows)
+    state = svi.init(jax.random.key(0), told(data(OLD)[:3], OLD, rows=rows))
+    with pytest.raises(ValueError, match="size 8.* 5 rows.*call the method grow"):
+        svi.update(state, told(data(NEW)[:3], NEW, rows=rows))
 
 
 @pytest.mark.parametrize("given", [OLD, NEW])
@@ -171,7 +181,7 @@ def test_values_of_all_rows(guide_class, given):
     state = fitted(svi, jnp.array([2, 4]))
     svi.guide.init_loc_fn = init_to_value(values={"z": 10.0 + jnp.arange(given)})
     before = guide.init_loc_fn
-    grown = svi.grow(state, data(NEW)[6:], NEW, indices={"n": jnp.array([6, 7])})
+    grown = svi.grow(state, told(data(NEW)[6:], NEW, rows={"n": jnp.array([6, 7])}))
     new = svi.get_params(grown)["z_auto_loc"][OLD:]
     if given == NEW:
         np.testing.assert_array_equal(new, 10.0 + jnp.arange(OLD, NEW))
@@ -185,9 +195,9 @@ def test_values_of_all_rows(guide_class, given):
 
 
 def test_nested_and_crossed_plates():
-    def model(x, sizes, rows):
-        a = numpyro.plate("a", sizes[0], subsample_size=rows[0], dim=-2)
-        b = numpyro.plate("b", sizes[1], subsample_size=rows[1], dim=-1)
+    def model(x, sizes, taken):
+        a = numpyro.plate("a", sizes[0], subsample_size=taken[0], dim=-2)
+        b = numpyro.plate("b", sizes[1], subsample_size=taken[1], dim=-1)
         with a:
             za = numpyro.sample("za", dist.Normal(0, 1))
         with b:
@@ -198,11 +208,13 @@ def test_nested_and_crossed_plates():
 
     svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
     rows = {"a": jnp.array([3, 1]), "b": jnp.array([0, 2, 4])}
-    state = svi.init(jax.random.key(0), jnp.ones((2, 3)), (4, 5), (2, 3), indices=rows)
-    update = jax.jit(svi.update, static_argnums=(2, 3))
-    state, _ = update(state, jnp.ones((2, 3)), (4, 5), (2, 3), indices=rows)
+    state = svi.init(
+        jax.random.key(0), told(jnp.ones((2, 3)), (4, 5), (2, 3), rows=rows)
+    )
+    update = compiled(svi.update, sizes=(4, 5), taken=(2, 3))
+    state, _ = update(state, jnp.ones((2, 3)), rows)
     for sizes in [(4, 6), (7, 6)]:
-        grown = svi.grow(state, jnp.ones((2, 3)), sizes, (2, 3), indices=rows)
+        grown = svi.grow(state, told(jnp.ones((2, 3)), sizes, (2, 3), rows=rows))
         assert_equal(leading(grown, state), state)
         shapes = {n: p.shape for n, p in svi.get_params(grown).items() if "loc" in n}
         assert shapes["za_auto_loc"] == (sizes[0], 1)
@@ -239,7 +251,7 @@ def across_rows(x, size):
         (AutoDiagonalNormal(independent), r"one joint .* 'n' \(size 5\).* to 8 rows"),
         (AutoDAIS(independent), r"one joint distribution"),
         (AutoLaplaceApproximation(independent), r"one joint distribution"),
-        (fixed_size, r"'n' has size 8 in the model.*5 rows"),
+        (fixed_size, r"plate 'n' the number of rows .* it has size 8.*5 rows"),
         (by_index, r"'loc'.*\(5,\).*\(8,\).*event_dim"),
         (across_rows, r"'share'.*\(4,\).*\(7,\)"),
     ],
@@ -277,15 +289,17 @@ def test_grown_fit_ends_at_the_exact_posterior(rowwise):
     loss = Trace_ELBO(num_particles=20)
     optim = optax.adam(optax.piecewise_constant_schedule(0.05, {1000: 0.1}))
     svi = SubsampleSVI(independent, guide, optim, loss, rowwise=rowwise)
-    update = jax.jit(svi.update, static_argnums=2)
     rng = np.random.default_rng(0)
-    state = svi.init(jax.random.key(0), data(4), OLD, indices={"n": jnp.arange(4)})
+    state = svi.init(jax.random.key(0), told(data(4), OLD, rows={"n": jnp.arange(4)}))
     for size, steps in [(OLD, 300), (NEW, 1200)]:
         if size == NEW:
-            state = svi.grow(state, data(NEW)[4:], NEW, indices={"n": jnp.arange(4, 8)})
+            state = svi.grow(
+                state, told(data(NEW)[4:], NEW, rows={"n": jnp.arange(4, 8)})
+            )
+        update = compiled(svi.update, size=size)
         for _ in range(steps):
             rows = rng.choice(size, 4, replace=False)
-            state, _ = update(state, data(size)[rows], size, indices={"n": rows})
+            state, _ = update(state, data(size)[rows], {"n": rows})
     params = svi.get_params(state)
     np.testing.assert_allclose(params["z_auto_loc"], data(NEW) / 2, atol=0.06)
     np.testing.assert_allclose(params["z_auto_scale"], np.sqrt(0.5), atol=0.06)
@@ -307,16 +321,18 @@ def test_new_rows_are_folded_in_with_the_rest_held_fixed():
     new = jnp.arange(OLD, NEW)
     batch = (data(NEW)[OLD:], NEW)
     state = fitted(svi, jnp.arange(OLD))
-    state = svi.grow(state, *batch, indices={"n": new})
+    state = svi.grow(state, told(*batch, rows={"n": new}))
     before = svi.get_params(state)
     schedule = optax.piecewise_constant_schedule(0.1, {300: 0.1})
     optims = {"rows": optax.adam(schedule), "others": optax.set_to_zero()}
     optim = optax.multi_transform(optims, labels)
     fold = svi_of(svi.guide, optim, rowwise=True)
-    state = fold.init(jax.random.key(1), *batch, init_params=before, indices={"n": new})
-    update = jax.jit(fold.update, static_argnums=2)
+    state = fold.init(
+        jax.random.key(1), told(*batch, rows={"n": new}), init_params=before
+    )
+    update = compiled(fold.update, size=NEW)
     for _ in range(600):
-        state, _ = update(state, *batch, indices={"n": new})
+        state, _ = update(state, data(NEW)[OLD:], {"n": new})
     params = fold.get_params(state)
     for name, value in before.items():
         old = value[:OLD] if value.ndim else value

@@ -272,7 +272,8 @@ def test_plate_under_cond():
                 numpyro.sample("w", dist.Normal(0, 1), obs=jnp.zeros(2))
 
         cond(True, branch, branch, None)
-        numpyro.factor("y", -(((z - X[idx]) ** 2).sum()) * N / len(idx))
+        with handlers.scale(scale=N / len(idx)):
+            numpyro.factor("y", -(((z - X[idx]) ** 2).sum()))
 
     guide = dynamic_subsample(AutoNormal(model))
     assert moved_rows(guide, "z_auto_loc", [1, 5, N], model=model) == [1, 5, N]

@@ -19,7 +19,8 @@ from numpyro.infer.autoguide import (
     AutoNormal,
 )
 
-from models import N, X, guide_list, independent, one_latent, plate_of, rows_plate
+from checks import told
+from models import N, X, guide_list, one_latent, plate_of, rows_plate
 from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample
 
 FORMS = ["wrapper", "context"]
@@ -164,8 +165,8 @@ def test_effects_of_a_model_happen_once_more_unless_all_rows_are_named():
 
     svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO())
     rows = jnp.arange(3)
-    state = svi.init(jax.random.key(0), X[:3], indices={"n": rows})
-    step = jax.jit(lambda s: svi.evaluate(s, X[:3], indices={"n": rows}))
+    state = svi.init(jax.random.key(0), told(X[:3], rows={"n": rows}))
+    step = jax.jit(lambda s: svi.evaluate(s, told(X[:3], rows={"n": rows})))
     for _ in range(2):
         counts.clear()
         step(state).block_until_ready()
@@ -287,25 +288,6 @@ def frozen(x):
     with numpyro.plate("n", N, subsample_size=4):
         loc = numpyro.param("loc", jnp.zeros(N), event_dim=0)
         numpyro.sample("z", dist.Normal(loc + 0 * x, 1))
-
-
-def test_error_of_a_guide_that_a_context_does_not_serve():
-    svi = SVI(independent, frozen, optax.sgd(0.1), Trace_ELBO())
-    with pytest.raises(Exception) as raised:
-        with dynamic_subsample():
-            svi.init(jax.random.key(0), X[:3])
-    note = raised.value.__notes__[-1]
-    assert "dynamic_subsample(guide, model=model)" in note
-    assert "Plate 'n' (size 8)" in note
-
-
-def test_other_errors_get_no_note():
-    svi = SVI(independent, AutoNormal(independent), optax.sgd(0.1), Trace_ELBO())
-    with pytest.raises(Exception) as raised:
-        with dynamic_subsample():
-            svi.init(jax.random.key(0))
-    notes = getattr(raised.value, "__notes__", [])
-    assert not any("dynamic_subsample" in note for note in notes)
 
 
 # ------------------------------------------------------------------ drawn rows

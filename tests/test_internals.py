@@ -82,6 +82,5 @@ def test_public_names():
         "UnscaledSubsampleWarning",
         "dynamic_subsample",
         "minibatch",
-        "pad_minibatch",
-        "valid_rows",
+        "pin_rows",
     ]

@@ -13,8 +13,9 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from numpyro.primitives import _PYRO_STACK
 
+from checks import pad, told
 from models import hierarchy
-from numpyro_dynamic_subsample import SubsampleSVI, pad_minibatch
+from numpyro_dynamic_subsample import SubsampleSVI
 
 ROWS = 100
 DATA = np.linspace(-1, 1, ROWS, dtype="float32")
@@ -39,19 +40,21 @@ def steps():
     some = []
     for size in draw.integers(1, 9, 1000):
         rows = draw.choice(ROWS, size, replace=False)
-        (batch, rows), count = pad_minibatch((DATA[rows], rows))
+        (batch, rows), count = pad(
+            (DATA[rows], rows), 1 << (len(rows) - 1).bit_length()
+        )
         some.append((batch, {"rows": rows}, {"rows": count}))
     return cycle(some)
 
 
 def test_many_steps():
     svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.01), Trace_ELBO())
-    state = svi.init(jax.random.key(0), DATA[:3], indices={"rows": np.arange(3)})
+    state = svi.init(jax.random.key(0), told(DATA[:3], rows={"rows": np.arange(3)}))
     traced, kept = [], []
 
     def update(state, batch, indices, valid):
         traced.append(len(batch))
-        return svi.update(state, batch, indices=indices, valid=valid)
+        return svi.update(state, told(batch, rows=indices, counts=valid))
 
     step = jax.jit(update, donate_argnums=0)
     for number, batch in zip(range(100_001), steps(), strict=False):
@@ -70,13 +73,13 @@ def test_many_steps():
 
 def test_many_compilations():
     svi = SubsampleSVI(model, AutoNormal(model), optax.sgd(0.01), Trace_ELBO())
-    state = svi.init(jax.random.key(0), DATA[:3], indices={"rows": np.arange(3)})
+    state = svi.init(jax.random.key(0), told(DATA[:3], rows={"rows": np.arange(3)}))
     kept = []
     for number in range(61):
         rows = np.arange(1 + number % 20)
 
         def update(state, rows):
-            return svi.update(state, jnp.asarray(DATA)[rows], indices={"rows": rows})
+            return svi.update(state, told(jnp.asarray(DATA)[rows], rows={"rows": rows}))
 
         jax.eval_shape(update, state, rows)
         if number in (20, 60):

@@ -13,14 +13,14 @@ from numpyro import handlers
 from numpyro.infer import NUTS, SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
-from models import N, Tensor, hierarchy, pinned_plate, plate
+from checks import told
+from models import N, hierarchy, pinned_plate, plate
 from numpyro_dynamic_subsample import (
     MisalignedSubsampleWarning,
     SubsampleSVI,
     UnscaledSubsampleWarning,
     dynamic_subsample,
     minibatch,
-    pad_minibatch,
 )
 
 X = np.arange(8.0)
@@ -35,7 +35,7 @@ def steps(request):
     """A compiled step, and a state that it starts from."""
     guide, optim = AutoNormal(model), optax.adam(0.1)
     svi = SubsampleSVI(model, guide, optim, Trace_ELBO(), rowwise=request.param)
-    state = svi.init(jax.random.key(0), X[ROWS], indices={"n": ROWS})
+    state = svi.init(jax.random.key(0), told(X[ROWS], rows={"n": ROWS}))
     return svi, state, jax.jit(svi.update)
 
 
@@ -50,9 +50,9 @@ INVALID = {
 @pytest.mark.parametrize(("rows", "count"), INVALID.values(), ids=INVALID)
 def test_traced_rows_and_counts_out_of_range_are_nan(steps, rows, count):
     svi, state, step = steps
-    good, loss = step(state, X[ROWS], indices={"n": ROWS}, valid={"n": 3})
+    good, loss = step(state, told(X[ROWS], rows={"n": ROWS}, counts={"n": 3}))
     assert jnp.isfinite(loss)
-    bad, loss = step(state, X[ROWS], indices=rows, valid=count)
+    bad, loss = step(state, told(X[ROWS], rows=rows, counts=count))
     assert jnp.isnan(loss)
     before, after, moved = (svi.get_params(s) for s in (state, bad, good))
     for name, value in after.items():
@@ -61,36 +61,23 @@ def test_traced_rows_and_counts_out_of_range_are_nan(steps, rows, count):
         assert changed.any() or "z_" in name
         assert np.isfinite(moved[name]).all()
     # What follows is NaN, too.
-    assert jnp.isnan(step(bad, X[ROWS], indices={"n": ROWS}, valid={"n": 3})[1])
+    assert jnp.isnan(step(bad, told(X[ROWS], rows={"n": ROWS}, counts={"n": 3}))[1])
 
 
 @pytest.mark.parametrize("rows", [[5, 0, 8], [5, 0, -1]])
 def test_known_rows_out_of_range_are_an_error(steps, rows):
     svi, state, _ = steps
     with pytest.raises(ValueError, match=r"plate 'n' \(size 8\) run from .* 0 to 7"):
-        svi.update(state, X[ROWS], indices={"n": rows})
+        svi.update(state, told(X[ROWS], rows={"n": rows}))
 
 
 def test_rows_as_a_list_in_a_compiled_step(steps):
     _, state, step = steps
-    of_list = step(state, X[ROWS], indices={"n": [5, 0, 3]})[1]
-    assert of_list == step(state, X[ROWS], indices={"n": ROWS})[1]
+    of_list = step(state, told(X[ROWS], rows={"n": [5, 0, 3]}))[1]
+    assert of_list == step(state, told(X[ROWS], rows={"n": ROWS}))[1]
 
 
-KEYWORDS = {
-    "valid": ({"valid": 3}, "valid must be a dict with plates for keys, not int"),
-    "indices": ({"indices": ROWS}, "indices must be a dict .* not ndarray.*position"),
-}
-
-
-@pytest.mark.parametrize(("keywords", "message"), KEYWORDS.values(), ids=KEYWORDS)
-def test_keywords_that_are_no_dict(steps, keywords, message):
-    svi, state, _ = steps
-    with pytest.raises(ValueError, match=message):
-        svi.update(state, X[ROWS], **keywords)
-
-
-def test_models_arguments_called_indices_and_valid():
+def test_models_arguments_may_have_any_name():
     def model(x, indices, valid):
         with numpyro.plate("n", N, subsample_size=len(x)):
             z = numpyro.sample("z", dist.Normal(indices.sum() + valid, 1))
@@ -100,8 +87,9 @@ def test_models_arguments_called_indices_and_valid():
     batch = minibatch(X[ROWS], indices=ROWS, valid=2.0, rows={"n": ROWS})
     state = svi.init(jax.random.key(0), batch)
     by_name = svi.evaluate(state, batch)
-    args = X[ROWS], jnp.asarray(ROWS), 2.0
-    np.testing.assert_allclose(by_name, svi.evaluate(state, *args, indices={"n": ROWS}))
+    with handlers.substitute(data={"n": jnp.asarray(ROWS)}):
+        by_position = svi.evaluate(state, X[ROWS], indices=ROWS, valid=2.0)
+    np.testing.assert_allclose(by_name, by_position)
 
 
 @pytest.mark.parametrize("form", ["wrapper", "context", "SubsampleSVI"])
@@ -139,15 +127,6 @@ def test_what_is_no_guide(guide, message):
         dynamic_subsample(guide)
 
 
-def test_padding_of_what_numpy_can_take():
-    padded, count = pad_minibatch((Tensor([1.0, 2.0]), Tensor([4, 1])), 3)
-    np.testing.assert_array_equal(padded[0], [1.0, 2.0, 2.0])
-    np.testing.assert_array_equal(padded[1], [4, 1, 1])
-    assert count == 2
-    with pytest.raises(ValueError, match="capacity must be a whole number, not 8.0"):
-        pad_minibatch(X, 8.0)
-
-
 # ------------------------------------------------------------------ scales
 
 
@@ -178,16 +157,17 @@ def own_plate(groups):
 GROUP, Y = jnp.array([0, 0, 1, 2, 2]), jnp.ones(5)
 
 
-def warnings_of(model, valid=None, size=3):
+def warnings_of(model, count=None, size=3):
     guide = AutoDelta(handlers.block(model, hide=["y"]))
     svi = SubsampleSVI(model, guide, optax.sgd(0.1), Trace_ELBO())
     rows = {"groups": jnp.arange(size)}
-    counts = None if valid is None else {"groups": valid}
+    counts = None if count is None else {"groups": count}
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         for _ in range(2):
             svi.init(
-                jax.random.key(0), GROUP, Y, jnp.array(3), indices=rows, valid=counts
+                jax.random.key(0),
+                told(GROUP, Y, jnp.array(3), rows=rows, counts=counts),
             )
     found = [w for w in given if w.category is UnscaledSubsampleWarning]
     return [str(warning.message) for warning in found]
@@ -202,7 +182,7 @@ def test_data_of_groups_without_a_scale():
 def test_scale_that_cannot_follow_the_count():
     constant = of_groups(scaled_by(lambda groups: 8 / 3))
     assert warnings_of(constant) == []
-    (message,) = warnings_of(constant, valid=2)
+    (message,) = warnings_of(constant, count=2)
     assert "constant scale, which cannot follow the count" in message
 
 
@@ -217,7 +197,7 @@ SCALED = {
 def test_scaled_data_give_no_warning(around, size):
     assert warnings_of(of_groups(around, size), size=size) == []
     if size < N:
-        assert warnings_of(of_groups(around, size), valid=2, size=size) == []
+        assert warnings_of(of_groups(around, size), count=2, size=size) == []
 
 
 def test_factor_gives_no_warning():

@@ -1,7 +1,7 @@
 """Training loops that others own, which pass on the model's arguments only."""
 
 import copy
-from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 
 import jax
@@ -12,45 +12,31 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpyro import handlers
-from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, log_likelihood
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
+from checks import assert_equal, assert_same_mean
 from models import N, hierarchy, plate_of
-from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, pad_minibatch
+from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, pin_rows
 
 X = np.random.default_rng(0).normal(size=N)
 BATCHES = [[5, 0, 3], [7, 1], [2, 6, 4, 0, 1, 3, 7, 5]]
 
 
-def model(x, d_batch=None, n_batch=None):
+def model(x, d_batch=None):
     hierarchy(N, "docs")(x)
 
 
-def pinning(x, d_batch):
-    """As it would be with the rows pinned by hand."""
+pinned = pin_rows(model, docs="d_batch")
+
+
+def by_hand(x, d_batch):
     with handlers.substitute(data={"docs": d_batch}):
         model(x)
 
 
 def plate(x, d_batch):
     return plate_of(d_batch, name="docs")
-
-
-def unpinned(x, d_batch):
-    return plate_of(d_batch, name="docs", pinned=False)
-
-
-class PinnedAround(SVI):
-    def __init__(self, model, guide):
-        super().__init__(model, guide, optax.sgd(0.1), Trace_ELBO())
-
-    def init(self, rng_key, **arguments):
-        with handlers.substitute(data={"docs": arguments["d_batch"]}):
-            return super().init(rng_key, **arguments)
-
-    def update(self, state, **arguments):
-        with handlers.substitute(data={"docs": arguments["d_batch"]}):
-            return super().update(state, **arguments)
 
 
 class Trainer:
@@ -73,105 +59,140 @@ class Trainer:
         return loss
 
 
-def trained(trainer, form, batches=BATCHES[:2], **more):
-    with (
-        dynamic_subsample(rows={"docs": "d_batch"})
-        if form == "context"
-        else (nullcontext())
-    ):
-        losses = [
-            trainer.train_on_batch(
-                x=jnp.asarray(X[rows]), d_batch=jnp.array(rows), **more
-            )
-            for rows in batches
-        ]
+def trained(trainer, batches=BATCHES[:2], **more):
+    losses = [
+        trainer.train_on_batch(x=jnp.asarray(X[rows]), d_batch=jnp.array(rows), **more)
+        for rows in batches
+    ]
     return losses, trainer.svi.get_params(trainer.state)
 
 
-@pytest.mark.parametrize("form", ["wrapper", "by position", "context", "SubsampleSVI"])
+@pytest.mark.parametrize("form", ["wrapper", "context", "SubsampleSVI"])
 def test_rows_in_an_argument_of_the_model(form):
     """Bit for bit those of rows that are pinned by hand in model and guide."""
-    guide, svi, kwargs = AutoNormal(model), SVI, {}
-    if form in ("wrapper", "by position"):
-        name = "d_batch" if form == "wrapper" else 1
-        guide = dynamic_subsample(guide, rows={"docs": name})
-    elif form == "SubsampleSVI":
-        svi, kwargs = SubsampleSVI, {"rows": {"docs": "d_batch"}}
-    by_hand = Trainer(pinning, AutoNormal(pinning, create_plates=plate))
-    if svi is SubsampleSVI:
-        # A pin around the step: the plate has got a key before.
-        by_hand.svi = PinnedAround(model, AutoNormal(model, create_plates=unpinned))
-        by_hand.step = jax.jit(by_hand.svi.update)
-    theirs = trained(by_hand, "by hand")
-    ours = trained(Trainer(model, guide, svi, **kwargs), form)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    theirs = trained(Trainer(by_hand, AutoNormal(by_hand, create_plates=plate)))
+    guide, svi = AutoNormal(pinned), SubsampleSVI if form == "SubsampleSVI" else SVI
+    if form == "context":
+        with dynamic_subsample():
+            ours = trained(Trainer(pinned, guide))
+    else:
+        ours = trained(Trainer(pinned, dynamic_subsample(guide), svi))
+    assert_equal(ours, theirs)
 
 
-def moved(trainer, form, rows):
+def test_prediction_in_a_loop_of_others():
+    """Each row is predicted from its own latent, and its likelihood is its own."""
+    with dynamic_subsample():
+        trainer = Trainer(pinned, AutoDelta(pinned))
+        _, params = trained(trainer, BATCHES * 3)
+        post = trainer.svi.guide.sample_posterior(
+            jax.random.key(0), params, sample_shape=(20_000,)
+        )
+        rows = jnp.array([7, 3, 5])
+        predict = Predictive(handlers.uncondition(pinned), post)
+        drawn = predict(jax.random.key(1), jnp.zeros(3), rows)["y"]
+        densities = log_likelihood(pinned, post, jnp.asarray(X)[rows], rows)["y"]
+    assert_same_mean(drawn, post["z"][:, rows])
+    expected = dist.Normal(post["z"][:, rows], 1).log_prob(X[rows])
+    np.testing.assert_allclose(densities, expected, rtol=1e-5)
+
+
+def moved(trainer, rows):
     """The rows of each parameter that a step changes."""
-    trained(trainer, form, [rows])
+    trained(trainer, [rows])
     before = trainer.svi.get_params(trainer.state)
-    _, after = trained(trainer, form, [rows])
+    _, after = trained(trainer, [rows])
     return {name: set(np.flatnonzero(after[name] != before[name])) for name in after}
 
 
 def test_rows_in_an_argument_with_an_enumerating_objective():
     loss = TraceEnum_ELBO(max_plate_nesting=1)
-    trainer = Trainer(model, AutoDelta(model), loss=loss)
-    assert moved(trainer, "context", BATCHES[0])["z_auto_loc"] == set(BATCHES[0])
-
-
-def test_counts_in_an_argument_of_the_model():
-    rows = np.array(BATCHES[0])
-    (x, d_batch), count = pad_minibatch((X[rows], rows), capacity=5)
-    named = {"rows": {"docs": "d_batch"}, "valid": {"docs": "n_batch"}}
-    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO(), **named)
-    state = svi.init(jax.random.key(0), X[rows], d_batch=rows)
-    padded = jax.jit(svi.evaluate)(state, x, d_batch, n_batch=count)
-    np.testing.assert_allclose(padded, svi.evaluate(state, X[rows], rows), rtol=1e-5)
+    with dynamic_subsample():
+        trainer = Trainer(pinned, AutoDelta(pinned), loss=loss)
+        assert moved(trainer, BATCHES[0])["z_auto_loc"] == set(BATCHES[0])
 
 
 def test_guide_without_a_site_in_the_plate():
     """The model's parameters are those of the rows all the same."""
 
+    @pin_rows(docs="d_batch")
     def model(x, d_batch):
         mu = numpyro.sample("mu", dist.Normal(0, 1))
         with numpyro.plate("docs", N, subsample_size=len(x)):
             bias = numpyro.param("bias", jnp.zeros(N), event_dim=0)
             numpyro.sample("y", dist.Normal(mu + bias, 1), obs=x)
 
-    guide = dynamic_subsample(AutoDelta(model), rows={"docs": "d_batch"})
-    assert moved(Trainer(model, guide), "wrapper", BATCHES[0])["bias"] == set(
-        BATCHES[0]
-    )
+    trainer = Trainer(model, dynamic_subsample(AutoDelta(model)))
+    assert moved(trainer, BATCHES[0])["bias"] == set(BATCHES[0])
 
 
-def test_argument_that_the_model_lacks():
-    guide = dynamic_subsample(AutoDelta(model), rows={"docs": "batch"})
-    message = r"plate 'docs' .* argument 'batch', but .* \['x', 'd_batch', 'n_batch'\]"
+# ------------------------------------------------------------------ pin_rows
+
+
+def rows_taken(model, *args, **kwargs):
+    with handlers.seed(rng_seed=0), handlers.trace() as trace:
+        model(*args, **kwargs)
+    return trace["docs"]["value"].tolist()
+
+
+class OfAClass:
+    def __init__(self):
+        self.size = N
+
+    @pin_rows(docs="d_batch")
+    def model(self, x, d_batch):
+        hierarchy(self.size, "docs")(x)
+
+
+def by_keyword(x, *, d_batch):
+    model(x)
+
+
+def by_default(x, d_batch=(4, 2)):
+    model(x)
+
+
+def open_ended(x, **kwargs):
+    model(x)
+
+
+SOME, TWO = np.array([4, 2]), np.zeros(2)
+OF_TWO = pin_rows(partial(model, TWO), docs="d_batch")
+WAYS = {
+    "position": (pinned, (TWO, SOME), {}),
+    "name": (pinned, (TWO,), {"d_batch": SOME}),
+    "keyword only": (pin_rows(by_keyword, docs="d_batch"), (TWO,), {"d_batch": SOME}),
+    "default": (pin_rows(by_default, docs="d_batch"), (TWO,), {}),
+    "open-ended": (pin_rows(open_ended, docs="d_batch"), (TWO,), {"d_batch": SOME}),
+    "partial inside": (
+        pin_rows(partial(model, TWO), docs="d_batch"),
+        (),
+        {"d_batch": SOME},
+    ),
+    "partial around": (partial(pinned, d_batch=SOME), (TWO,), {}),
+    "method": (OfAClass().model, (TWO, SOME), {}),
+    "narrow type": (pinned, (TWO, SOME.astype("uint8")), {}),
+    "list": (pinned, (TWO, [4, 2]), {}),
+}
+
+
+@pytest.mark.parametrize(("model", "args", "kwargs"), WAYS.values(), ids=WAYS)
+def test_ways_to_give_the_argument(model, args, kwargs):
+    assert rows_taken(model, *args, **kwargs) == [4, 2]
+
+
+def test_without_rows_the_plate_draws():
+    assert len(rows_taken(pinned, TWO)) == 2
+
+
+def test_names_that_do_not_fit():
+    message = r"plate 'docs' .* argument 'batch', but .* \['x', 'd_batch'\]"
+    with pytest.raises(ValueError, match=message):
+        pin_rows(model, docs="batch")
+    message = r"plate 'doc' .* argument 'd_batch', but the plates .* \['docs'\]"
     with handlers.seed(rng_seed=0), pytest.raises(ValueError, match=message):
-        guide(X[:3])
-
-
-def test_counts_that_a_context_finds():
-    """Loss and parameters are those of the batch without padding."""
-    rows = np.array(BATCHES[0])
-    (x, d_batch), count = pad_minibatch((X[rows], rows), capacity=5)
-    svi = SVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
-    with dynamic_subsample(rows={"docs": "d_batch"}, valid={"docs": "n_batch"}):
-        state = svi.init(jax.random.key(0), X, d_batch=np.arange(N))
-        step = jax.jit(svi.update)
-        ours = step(state, x, d_batch, n_batch=count)
-        theirs = step(state, X[rows], rows)
-    assert count < len(x)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        (svi.get_params(ours[0]), ours[1]),
-        (svi.get_params(theirs[0]), theirs[1]),
-    )
-
-
-def test_counts_that_a_wrapper_cannot_pass_on():
-    guide = dynamic_subsample(AutoNormal(model), valid={"docs": "n_batch"})
-    with handlers.seed(rng_seed=0), pytest.raises(ValueError, match="'docs'.*context"):
-        guide(X[:3], n_batch=2)
+        pin_rows(model, doc="d_batch")(TWO, SOME)
+    with pytest.raises(ValueError, match=r"plate 'docs' \(size 8\) run from 2 to 9"):
+        rows_taken(pinned, TWO, np.array([9, 2]))
+    with pytest.raises(TypeError, match=r"pin_rows\(model, people='idx'\)"):
+        pin_rows(model)

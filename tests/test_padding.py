@@ -1,6 +1,6 @@
-"""Padding itself, and the handler that lets only the valid rows count."""
+"""The handler that lets only the valid rows of a padded batch count."""
 
-from typing import NamedTuple
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -13,80 +13,15 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import log_density
 
-from checks import compilations
-from numpyro_dynamic_subsample import pad_minibatch
-from numpyro_dynamic_subsample.batches.padding import valid_rows
+from numpyro_dynamic_subsample import dynamic_subsample
+from numpyro_dynamic_subsample.batches.padding import mask_padding
 
 
-class Batch(NamedTuple):
-    x: object
-    rest: dict
-
-
-def test_tree_is_padded_with_its_last_row():
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = np.arange(6.0).reshape(3, 2)
-    batch = Batch(x, {"rows": jnp.array([4, 1, 7]), "none": None, "keys": keys})
-    padded, count = pad_minibatch(batch, capacity=5)
-    assert count == 3
-    assert isinstance(padded, Batch)
-    assert type(padded.x) is np.ndarray
-    assert padded.x.dtype == x.dtype
-    np.testing.assert_array_equal(padded.x[:3], x)
-    np.testing.assert_array_equal(padded.x[3:], x[[2, 2]])
-    assert isinstance(padded.rest["rows"], jax.Array)
-    np.testing.assert_array_equal(padded.rest["rows"], [4, 1, 7, 7, 7])
-    assert padded.rest["none"] is None
-    assert (padded.rest["keys"][3:] == keys[2]).all()
-
-
-@pytest.mark.parametrize(
-    ("count", "capacity"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16)]
-)
-def test_default_capacity(count, capacity):
-    padded, valid = pad_minibatch(np.zeros((count, 2)))
-    assert padded.shape == (capacity, 2)
-    assert valid == count
-
-
-def test_padding_inside_of_jit():
-    padded = jax.jit(lambda x: pad_minibatch(x, 4)[0])(jnp.array([1, 2, 3]))
-    np.testing.assert_array_equal(padded, [1, 2, 3, 3])
-
-
-def test_padding_jax_arrays_compiles_nothing_for_a_new_size():
-    batches = [jnp.asarray(np.zeros(size)) for size in range(21, 31)]
-    pad_minibatch(batches.pop(), capacity=37)
-    with compilations("compile") as compiled:
-        for x in batches:
-            pad_minibatch(x, capacity=37)
-        assert compiled == []
-        batches[0][np.arange(39) % 3].block_until_ready()
-        assert compiled
-
-
-X = np.zeros(3)
-BATCHES = {
-    "no arrays": ({}, None, "no row to repeat"),
-    "no rows": ((X[:0], X[:0]), None, r"no row to repeat.*'batch\[0\]': 0"),
-    "unequal": (
-        {"x": X, "y": np.zeros(4)},
-        None,
-        r"'batch\['x'\]': 3.*'batch\['y'\]': 4|\[.x.\].*3.*\[.y.\].*4",
-    ),
-    "scalar": ((X, 2), None, r"batch\[1\] is 2, which has no leading axis"),
-    "array scalar": ((X, np.array(2)), None, r"batch\[1\] is array\(2\)"),
-    "list": ([1, 2], None, r"batch\[0\] is 1"),
-    "too small": (X, 2, "has 3 rows, more than the capacity of 2"),
-}
-
-
-@pytest.mark.parametrize(
-    ("batch", "capacity", "message"), BATCHES.values(), ids=BATCHES
-)
-def test_batches_that_cannot_be_padded(batch, capacity, message):
-    with pytest.raises(ValueError, match=message):
-        pad_minibatch(batch, capacity)
+@contextmanager
+def counting(counts):
+    """As a step does: a context tells which rows are pinned."""
+    with mask_padding(counts), dynamic_subsample():
+        yield
 
 
 N = 8
@@ -101,7 +36,7 @@ def model(y, size=N, subsample_size=None, name="n"):
 
 
 def density(y, counts=None, **kwargs):
-    with valid_rows(counts or {}):
+    with counting(counts or {}):
         z = {"z": jnp.linspace(-1, 1, y.shape[0])[:, None]}
         return log_density(model, (y,), kwargs, z)[0]
 
@@ -137,7 +72,11 @@ def test_plates_that_are_not_named_are_untouched():
 
 def test_scale_keeps_the_type_of_the_log_density():
     def scale(n):
-        with valid_rows({"n": n}), handlers.seed(rng_seed=0), handlers.trace() as trace:
+        with (
+            counting({"n": n}),
+            handlers.seed(rng_seed=0),
+            handlers.trace() as trace,
+        ):
             with numpyro.plate("n", 16, subsample_size=N):
                 numpyro.sample("z", dist.Normal(jnp.float16(0), jnp.float16(1)))
         site = trace["z"]
@@ -154,7 +93,7 @@ def test_masks_of_the_model_still_hold():
         with numpyro.plate("n", N):
             numpyro.sample("y", dist.Normal(0, 1).mask(given), obs=Y[:, 0])
 
-    with valid_rows({"n": 5}):
+    with counting({"n": 5}):
         value = log_density(masked, (), {}, {})[0]
     expected = dist.Normal(0, 1).log_prob(Y[jnp.array([0, 2, 4]), 0]).sum()
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -167,7 +106,7 @@ def test_events_factors_and_observations_without_an_axis():
             numpyro.factor("f", x.sum(1))
             numpyro.sample("one", dist.Normal(0, 1), obs=0.5)
 
-    with valid_rows({"n": 5}):
+    with counting({"n": 5}):
         value = log_density(several, (Y.at[5:].set(jnp.nan), N), {}, {})[0]
     expected = log_density(several, (Y[:5], 5), {}, {})[0]
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -189,7 +128,7 @@ def test_gradient_of_observations_outside_of_their_support(padding):
         return jax.grad(loss)(1.5)
 
     y = jnp.exp(Y[:, 0])
-    with valid_rows({"n": 5}):
+    with counting({"n": 5}):
         value = grad(y.at[5:].set(padding), N)
     np.testing.assert_allclose(value, grad(y[:5], 5), rtol=1e-5)
 
@@ -207,7 +146,7 @@ def test_scan():
 
         scan(step, 0.0, y)
 
-    with valid_rows({"n": 5}):
+    with counting({"n": 5}):
         value = log_density(series, (Y.T.at[:, 5:].set(jnp.nan), N), {}, {})[0]
     expected = log_density(series, (Y.T[:, :5], 5), {}, {})[0]
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -240,13 +179,13 @@ COUNTS = {
 
 @pytest.mark.parametrize(("counts", "message"), COUNTS.values(), ids=COUNTS)
 def test_counts_that_are_refused(counts, message):
-    with pytest.raises(ValueError, match=message), valid_rows(counts):
+    with pytest.raises(ValueError, match=message), counting(counts):
         handlers.seed(flat, 0)()
 
 
 def test_plate_that_cannot_be_seen():
     with pytest.raises(ValueError, match="'n' .8 rows. is made where.*body of a scan"):
-        with valid_rows({"n": 3}), handlers.seed(rng_seed=0):
+        with counting({"n": 3}), handlers.seed(rng_seed=0):
             made_in_scan()
 
 
@@ -258,5 +197,5 @@ def test_site_outside_of_the_plate_on_one_side(inside):
 
     pair = (flat, outside) if inside == "model" else (outside, flat)
     message = rf"'z' stands in plate 'n' .*count 3.* in the {inside}, but outside"
-    with pytest.raises(ValueError, match=message), valid_rows({"n": 3}):
+    with pytest.raises(ValueError, match=message), counting({"n": 3}):
         Trace_ELBO().loss(jax.random.key(0), {}, *pair)

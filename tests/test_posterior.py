@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import cache
 
 import jax
@@ -192,28 +193,27 @@ def everything(rows):
 SOME = jnp.array([6, 0, 6])
 
 
-@pytest.mark.parametrize("how", ["indices", "pin", "context"])
+@pytest.mark.parametrize("how", ["wrapper", "context"])
 @pytest.mark.parametrize("guide_class", [AutoNormal, AutoDelta, AutoDiagonalNormal])
 def test_some_rows(guide_class, how):
     first = "all" if guide_class is AutoDiagonalNormal else "batch"
-    form = "context" if how == "context" else "wrapper"
-    guide, params = trained(guide_class, everything, first, form)
-    rows = {"n": SOME}
-    around = handlers.substitute(data=rows) if how == "pin" else dynamic_subsample()
-    asked = {} if how == "pin" else {"indices": rows}
+    guide, params = trained(guide_class, everything, first, how)
+    pins = handlers.substitute(data={"n": SOME})
     key = jax.random.key(1)
     with dynamic_subsample():
         whole = dynamic_subsample(guide).median(params)
-    with around, pytest.warns(UserWarning, match=r"\['doubled'\].*rows of plates"):
-        some = guide.median(params, **asked)
+    around = dynamic_subsample() if how == "context" else nullcontext()
+    told = pytest.warns(UserWarning, match=r"\['doubled'\].*rows of plates")
+    with around, pins, told:
+        some = guide.median(params)
     assert "doubled" not in some
     for name, axis in (("z", -1), ("p", -2)):
         np.testing.assert_array_equal(some[name], jnp.take(whole[name], SOME, axis))
     assert some["mu"].shape == ()
     if guide_class is not AutoDelta:
         np.testing.assert_allclose(some["twice"], 2 * some["mu"], rtol=1e-6)
-    with around:
-        drawn = guide.sample_posterior(key, params, SOME, sample_shape=(4,), **asked)
+    with around, pins:
+        drawn = guide.sample_posterior(key, params, SOME, sample_shape=(4,))
     assert drawn["z"].shape == drawn["doubled"].shape == (4, 2, 3)
     assert drawn["p"].shape == (4, 2, 3, 3)
     expected = 2 * drawn["z"] + X[SOME]
@@ -231,23 +231,22 @@ def test_all_rows_in_another_order(form):
     guide, params = trained(AutoNormal, indexing, "batch", form)
     rows = jnp.array(np.random.default_rng(0).permutation(N))
     with dynamic_subsample():
-        drawn = guide.sample_posterior(
-            jax.random.key(1), params, rows, indices={"n": rows}
-        )
+        with handlers.substitute(data={"n": rows}):
+            drawn = guide.sample_posterior(jax.random.key(1), params, rows)
     expected = 2 * drawn["z"] + X[rows]
     np.testing.assert_allclose(drawn["doubled"], expected, rtol=1e-5)
 
 
-def test_some_rows_of_a_list_and_names_that_are_none():
+def test_some_rows_of_a_list():
     guide, params = trained(two_parts, sliced, "batch")
-    some = guide.quantiles(params, [0.1, 0.9], indices={"n": SOME})
+    with handlers.substitute(data={"n": SOME}):
+        some = guide.quantiles(params, [0.1, 0.9])
     whole = guide.quantiles(params, [0.1, 0.9])
     np.testing.assert_array_equal(some["z"], whole["z"][:, SOME])
     np.testing.assert_array_equal(some["mu"], whole["mu"])
-    with pytest.raises(ValueError, match=r"indices names a plate 'm'.*\['n'\]"):
-        guide.median(params, indices={"m": SOME})
-    with pytest.raises(ValueError, match=r"'n' \(size 8\) run from 0 to 8"):
-        guide.median(params, indices={"n": jnp.array([0, 8])})
+    beyond = handlers.substitute(data={"n": jnp.array([0, 8])})
+    with beyond, pytest.raises(ValueError, match=r"'n' \(size 8\) run from 0 to 8"):
+        guide.median(params)
 
 
 def test_memory_is_that_of_the_rows_asked_for():
@@ -264,9 +263,8 @@ def test_memory_is_that_of_the_rows_asked_for():
 
     @jax.jit
     def draw(key, params, rows):
-        return guide.sample_posterior(
-            key, params, sample_shape=(1000,), indices={"n": rows}
-        )
+        with handlers.substitute(data={"n": rows}):
+            return guide.sample_posterior(key, params, sample_shape=(1000,))
 
     compiled = draw.lower(jax.random.key(0), params, jnp.arange(64)).compile()
     memory = compiled.memory_analysis()
@@ -308,9 +306,8 @@ def peak():
 
 before = peak()
 rows = jnp.array([999_999, 5] * 32)
-draws = guide.sample_posterior(
-    jax.random.key(0), params, sample_shape=(1000,), indices={"n": rows}
-)["z"]
+with handlers.substitute(data={"n": rows}):
+    draws = guide.sample_posterior(jax.random.key(0), params, sample_shape=(1000,))["z"]
 assert draws.shape == (1000, 64)
 assert abs((draws - rows).mean(0)).max() < 0.3
 print(peak() - before)

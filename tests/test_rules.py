@@ -30,6 +30,7 @@ from numpyro.infer.autoguide import (
     AutoNormal,
 )
 
+from checks import told
 from models import guide_list, plate_of
 from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample
 
@@ -162,19 +163,17 @@ def compiled_loss(form, guide, model, loss):
     def arguments(rows):
         x = jnp.asarray(X, "float32")[rows]
         if form.svi is SubsampleSVI:
-            return (x, rows), {"indices": {"n": rows}, "pinned": False}
-        return (x, rows), {}
+            return (told(x, rows, rows={"n": rows}, pinned=False),)
+        return x, rows
 
-    args, named = arguments(jnp.arange(N))
-    state = svi.init(jax.random.key(0), *args, **named)
+    state = svi.init(jax.random.key(0), *arguments(jnp.arange(N)))
     params = svi.optim.get_params(state.optim_state)
     params = {name: known(name, value) for name, value in params.items()}
     state = state._replace(optim_state=svi.optim.init(params))
 
     @jax.jit
     def loss_of(rows):
-        args, named = arguments(rows)
-        return svi.evaluate(state, *args, **named)
+        return svi.evaluate(state, *arguments(rows))
 
     return loss_of
 
@@ -389,7 +388,7 @@ def test_padding_to_all_rows_follows_the_indices(kind):
     rows = jnp.array(BATCHES[kind])
     state = svi.init(jax.random.key(0), X)
     state = state._replace(optim_state=svi.optim.init({"z_auto_loc": jnp.asarray(LOC)}))
-    loss = svi.evaluate(state, X, indices={"n": rows}, valid={"n": 2})
+    loss = svi.evaluate(state, told(X, rows={"n": rows}, counts={"n": 2}))
     two = np.asarray(rows[:2])
     of_rows = dist.Normal(0, 10).log_prob(LOC) + dist.Normal(LOC, 1).log_prob(X)
     np.testing.assert_allclose(loss, -3 * np.asarray(of_rows)[two].sum(), rtol=1e-5)

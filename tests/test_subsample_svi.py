@@ -29,9 +29,9 @@ from numpyro.infer.autoguide import (
 )
 from scipy.stats import norm
 
-from checks import assert_close, assert_equal
+from checks import assert_close, assert_equal, pad, told
 from models import CASES, N, guide_list, independent, plate_of
-from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, pad_minibatch
+from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample
 
 CAPACITY = 6
 ROWS = np.array([5, 0, 3])
@@ -125,10 +125,10 @@ class Pair:
         self.state = self.svi.init(jax.random.key(1), first)
 
     def check(self, rows):
-        theirs = self.step(self.state, TRUTH[rows], indices={"n": rows})
+        theirs = self.step(self.state, told(TRUTH[rows], rows={"n": rows}))
         x, indices = padded(rows)
         count = {"n": len(rows)}
-        ours = self.step(self.state, x, indices={"n": indices}, valid=count)
+        ours = self.step(self.state, told(x, rows={"n": indices}, counts=count))
         assert_close(ours, theirs)
         before, after = (self.svi.get_params(s) for s in (self.state, ours[0]))
         moved = jax.tree.map(lambda a, b: a != b, before, after)
@@ -183,8 +183,8 @@ def test_sites_apart(loss):
     state = svi.init(jax.random.key(1), TRUTH)
     x, rows = padded(ROWS)
     evaluate = jax.jit(svi.evaluate)
-    ours = evaluate(state, x, indices={"n": rows}, valid={"n": len(ROWS)})
-    theirs = evaluate(state, TRUTH[ROWS], indices={"n": ROWS})
+    ours = evaluate(state, told(x, rows={"n": rows}, counts={"n": len(ROWS)}))
+    theirs = evaluate(state, told(TRUTH[ROWS], rows={"n": ROWS}))
     assert ours.keys() == {"mu", "z", "s", "y"}
     assert_close(ours, theirs)
 
@@ -225,8 +225,8 @@ def ratings_batches():
         rng.normal(size=3),
     )
     flat = np.array([0, 0, 1, 2, 2]), lecturer
-    (student, lecturer), m = pad_minibatch(flat)
-    (y_padded, rows_padded), n = pad_minibatch((y, rows))
+    (student, lecturer), m = pad(flat, 8)
+    (y_padded, rows_padded), n = pad((y, rows), 4)
     indices, valid = {"students": rows_padded}, {"students": n, "ratings": m}
     return (
         ((*flat, y), {"students": rows}),
@@ -254,12 +254,12 @@ PLATES = {
 def test_plates_with_counts_of_their_own(model, guide, batches):
     (args, indices), (padded_args, padded_indices), valid = batches()
     svi = SubsampleSVI(model, guide(model), optax.sgd(0.1), TraceMeanField_ELBO())
-    state = svi.init(jax.random.key(1), *args, indices=indices)
-    theirs = jax.jit(svi.update)(state, *args, indices=indices)
+    state = svi.init(jax.random.key(1), told(*args, rows=indices))
+    theirs = jax.jit(svi.update)(state, told(*args, rows=indices))
     step = jax.jit(svi.update)
-    ours = step(state, *padded_args, indices=padded_indices, valid=valid)
+    ours = step(state, told(*padded_args, rows=padded_indices, counts=valid))
     assert_close(ours, theirs)
-    uncounted = step(state, *padded_args, indices=padded_indices)[1]
+    uncounted = step(state, told(*padded_args, rows=padded_indices))[1]
     assert not np.allclose(uncounted, theirs[1])
 
 
@@ -300,14 +300,14 @@ def test_discrete_sites(loss, where, size, traced):
     )
     x, rows = padded(ROWS)
     full, part = ({"n": rows}, {"n": ROWS}) if size else (None, None)
-    state = svi.init(jax.random.key(1), x, indices=full)
+    state = svi.init(jax.random.key(1), told(x, rows=full))
     count = {"n": len(ROWS)}
     step = jax.jit(svi.update)
-    theirs = step(state, TRUTH[ROWS], indices=part)
+    theirs = step(state, told(TRUTH[ROWS], rows=part))
     if traced:
-        ours = step(state, x, indices=full, valid=count)
+        ours = step(state, told(x, rows=full, counts=count))
     else:
-        ours = jax.jit(lambda s: svi.update(s, x, indices=full, valid=count))(state)
+        ours = jax.jit(lambda s: svi.update(s, told(x, rows=full, counts=count)))(state)
     assert_close(ours, theirs)
 
 
@@ -334,20 +334,20 @@ def test_every_way_to_step():
     svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO())
     # NumPyro looks for initial values where the model runs on padding as on data.
     x, rows = padded(ROWS, padding=1.0)
-    batch = {"indices": {"n": rows}, "valid": {"n": len(ROWS)}}
-    start = svi.init(jax.random.key(1), x, **batch)
+    batch = told(x, rows={"n": rows}, counts={"n": len(ROWS)})
+    start = svi.init(jax.random.key(1), batch)
     state, losses = start, []
     update = jax.jit(svi.update)
     for _ in range(2):
-        state, loss = update(state, TRUTH[ROWS], indices={"n": ROWS})
+        state, loss = update(state, told(TRUTH[ROWS], rows={"n": ROWS}))
         losses.append(loss)
-    assert_close(jax.jit(svi.evaluate)(start, x, **batch), losses[0])
-    assert_close(jax.jit(svi.stable_update)(start, x, **batch)[1], losses[0])
+    assert_close(jax.jit(svi.evaluate)(start, batch), losses[0])
+    assert_close(jax.jit(svi.stable_update)(start, batch)[1], losses[0])
     for bar in (True, False):
-        run = svi.run(jax.random.key(1), 2, x, progress_bar=bar, **batch)
+        run = svi.run(jax.random.key(1), 2, batch, progress_bar=bar)
         assert_close((run.losses, run.state), (jnp.stack(losses), state))
     again = svi.run(
-        None, 2, x, init_state=start, stable_update=True, progress_bar=False, **batch
+        None, 2, batch, init_state=start, stable_update=True, progress_bar=False
     )
     assert_close((again.losses, again.state), (jnp.stack(losses), state))
 
@@ -399,13 +399,12 @@ def test_compilations_for_fifty_sizes():
         @jax.jit
         def loss(state, x, rows, n, traced=traced):
             traced.append(x.shape)
-            return svi.evaluate(state, x, indices={"n": rows}, valid={"n": n})
+            return svi.evaluate(state, told(x, rows={"n": rows}, counts={"n": n}))
 
         for count in range(1, 51):
             x = rng.normal(size=count)
-            batch, n = pad_minibatch((x, np.arange(count)), capacity)
-            if capacity is None and len(batch[0]) > size:
-                batch, n = pad_minibatch((x, np.arange(count)), size)
+            power = min(1 << (count - 1).bit_length(), size)
+            batch, n = pad((x, np.arange(count)), capacity or power)
             prior = norm.logpdf(mu)
             likelihood = size / count * norm.logpdf(x, mu).sum()
             assert_close(loss(start, *batch, n), -(prior + likelihood))
@@ -423,7 +422,7 @@ def test_growing_batch_in_one_scan():
         def step(state, n):
             x = jnp.asarray(TRUTH)[rows]
             return svi.update(
-                state, x, indices={"n": jnp.asarray(rows)}, valid={"n": n}
+                state, told(x, rows={"n": jnp.asarray(rows)}, counts={"n": n})
             )
 
         return jax.lax.scan(step, state, counts)
@@ -431,7 +430,7 @@ def test_growing_batch_in_one_scan():
     state, losses = start, []
     update = jax.jit(svi.update)
     for n in counts:
-        state, loss = update(state, TRUTH[rows[:n]], indices={"n": rows[:n]})
+        state, loss = update(state, told(TRUTH[rows[:n]], rows={"n": rows[:n]}))
         losses.append(loss)
     assert_close(train(start, counts), (state, jnp.stack(losses)))
 
@@ -450,15 +449,15 @@ def test_loop_of_the_docstring():
     normal, shapes = counted(normal)
     svi = SubsampleSVI(normal, AutoDelta(normal), optim, Trace_ELBO())
     rows = rows_of_batches[0]
-    state = svi.init(jax.random.key(0), TRUTH[rows], indices={"n": rows})
+    state = svi.init(jax.random.key(0), told(TRUTH[rows], rows={"n": rows}))
     step = jax.jit(svi.update, donate_argnums=0)
     shapes.clear()
     with warnings.catch_warnings():
         # Whether a backend makes use of donated memory is up to it.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         for rows in rows_of_batches:
-            (x, rows), n = pad_minibatch((TRUTH[rows], rows), capacity=6)
-            state, _ = step(state, x, indices={"n": rows}, valid={"n": n})
+            (x, rows), n = pad((TRUTH[rows], rows), 6)
+            state, _ = step(state, told(x, rows={"n": rows}, counts={"n": n}))
     assert set(shapes) == {(6,)}
     z = svi.get_params(state)["z_auto_loc"]
     np.testing.assert_allclose(z, TRUTH / 1.01, atol=0.05)
@@ -477,10 +476,15 @@ def test_capacity_of_the_whole_plate(asked, size):
     svi = SubsampleSVI(indexing, AutoDelta(indexing), optax.sgd(0.1), Trace_ELBO())
     state = svi.init(jax.random.key(0), size)
     rows = np.append([4, 2], np.zeros(size - 2, int))
-    step = jax.jit(svi.update, static_argnums=1)
     before = svi.get_params(state)["z_auto_loc"]
-    after, _ = step(state, size, indices={"n": rows}, valid={"n": 2})
-    scale = size / 2 if asked else 1
+    step = jax.jit(
+        lambda state, rows, count: svi.update(
+            state, told(size, rows={"n": rows}, counts={"n": count})
+        )
+    )
+    after, _ = step(state, rows, 2)
+    # Rows that are pinned are a subsample, whether the model asks for a size or not.
+    scale = size / 2
     gradient = scale * (2 * before - TRUTH[:size])
     expected = before.at[np.array([4, 2])].add(-0.1 * gradient[np.array([4, 2])])
     assert_close(svi.get_params(after)["z_auto_loc"], expected)
@@ -510,14 +514,14 @@ REFUSED = {
         X4,
         {"k": R4},
         None,
-        r"indices names.*'k'.*\['n'\]",
+        r"names a plate 'k'.*\['n'\]",
     ),
     "count of no plate": (
         independent,
         X4,
         None,
         {"k": 2},
-        r"valid names.*'k'.*\['n'\]",
+        r"names a plate 'k'.*\['n'\]",
     ),
     "count above": (independent, X4, None, {"n": 5}, r"'n' is 5, .*between 1 and 4"),
     "count below": (
@@ -536,7 +540,6 @@ REFUSED = {
     ),
     "longer": (independent, X4, {"n": np.arange(5)}, None, r"5 rows.*'n'.*takes 4"),
     "shorter": (independent, X4, {"n": np.arange(3)}, None, r"3 rows.*'n'.*takes 4"),
-    "shorter, no subsample": (whole, X4, {"n": R4}, None, r"4 rows.*'n'.*takes 8"),
     "out of range": (independent, X4, {"n": [0, 1, 2, 8]}, None, r"run from 0 to 8"),
     "negative": (independent, X4, {"n": [0, 1, 2, -1]}, None, r"run from -1 to 2"),
     "float": (independent, X4, {"n": R4 * 1.0}, None, r"vector of integers.*float"),
@@ -559,9 +562,9 @@ def test_what_is_refused(model, x, indices, valid, message):
     state = svi.init(jax.random.key(0), x)
     for step in (svi.update, svi.stable_update, svi.evaluate):
         with pytest.raises(ValueError, match=message):
-            step(state, x, indices=indices, valid=valid)
+            step(state, told(x, rows=indices, counts=valid))
     with pytest.raises(ValueError, match=message):
-        svi.init(jax.random.key(0), x, indices=indices, valid=valid)
+        svi.init(jax.random.key(0), told(x, rows=indices, counts=valid))
 
 
 def test_permutation_of_all_rows_without_a_count():
@@ -572,17 +575,17 @@ def test_permutation_of_all_rows_without_a_count():
     state = svi.init(jax.random.key(0), np.zeros(N))
     plain = svi.evaluate(state, np.zeros(N))
     reverse = {"n": np.arange(N)[::-1]}
-    assert_close(svi.evaluate(state, np.zeros(N), indices=reverse), plain)
+    assert_close(svi.evaluate(state, told(np.zeros(N), rows=reverse)), plain)
 
 
 def test_renyi():
     svi = SubsampleSVI(
         independent, AutoNormal(independent), optax.sgd(0.1), RenyiELBO()
     )
-    state = svi.init(jax.random.key(0), X4, indices={"n": R4})
-    assert np.isfinite(jax.jit(svi.evaluate)(state, X4, indices={"n": R4}))
-    with pytest.raises(ValueError, match=r"RenyiELBO.*\['n'\].*without padding"):
-        svi.update(state, X4, indices={"n": R4}, valid={"n": 3})
+    state = svi.init(jax.random.key(0), told(X4, rows={"n": R4}))
+    assert np.isfinite(jax.jit(svi.evaluate)(state, told(X4, rows={"n": R4})))
+    with pytest.raises(ValueError, match=r"RenyiELBO.*\['n'\].*without a capacity"):
+        svi.update(state, told(X4, rows={"n": R4}, counts={"n": 3}))
 
 
 def of_all(x):
@@ -611,8 +614,8 @@ def test_auto_semi_dais():
     state = svi.init(jax.random.key(0), X4)
     step = jax.jit(svi.update)
     x, rows = padded(ROWS, padding=-3.0)
-    ours = step(state, x, indices={"n": rows}, valid={"n": len(ROWS)})
-    assert_close(ours, step(state, TRUTH[ROWS], indices={"n": ROWS}))
+    ours = step(state, told(x, rows={"n": rows}, counts={"n": len(ROWS)}))
+    assert_close(ours, step(state, told(TRUTH[ROWS], rows={"n": ROWS})))
 
 
 def test_auto_semi_dais_with_a_local_guide():
@@ -624,7 +627,7 @@ def test_auto_semi_dais_with_a_local_guide():
     svi = semi_dais(local_guide=local_guide)
     message = r"AutoSemiDAIS with a local_guide.*\['n'\].*Use another guide"
     with pytest.raises(ValueError, match=message):
-        svi.init(jax.random.key(0), X4, valid={"n": 3})
+        svi.init(jax.random.key(0), told(X4, counts={"n": 3}))
 
 
 def analytic(x):
@@ -646,7 +649,7 @@ def test_enumeration_that_needs_a_known_scale():
     state = svi.init(jax.random.key(0), X4)
     message = r"'c' in plate 'n' \(4 rows\) is enumerated in the model.*in the guide"
     with pytest.raises(ValueError, match=message):
-        jax.jit(svi.update)(state, X4, valid={"n": 3})
+        jax.jit(svi.update)(state, told(X4, counts={"n": 3}))
 
 
 def test_analytic_kl_needs_a_known_scale():
@@ -654,10 +657,10 @@ def test_analytic_kl_needs_a_known_scale():
     state = svi.init(jax.random.key(0), X4)
     message = r"'z' in plate 'n' \(4 rows\) has an analytic KL.*leave out infer"
     with pytest.raises(ValueError, match=message):
-        jax.jit(svi.update)(state, X4, valid={"n": 3})
+        jax.jit(svi.update)(state, told(X4, counts={"n": 3}))
     x, rows = padded(ROWS)
     # Eager, so that the count is known.
-    ours = svi.evaluate(state, x, indices={"n": rows}, valid={"n": 3})
-    assert_close(ours, svi.evaluate(state, TRUTH[ROWS], indices={"n": ROWS}))
+    ours = svi.evaluate(state, told(x, rows={"n": rows}, counts={"n": 3}))
+    assert_close(ours, svi.evaluate(state, told(TRUTH[ROWS], rows={"n": ROWS})))
     svi.loss = Trace_ELBO()
-    jax.jit(svi.update)(state, X4, valid={"n": 3})
+    jax.jit(svi.update)(state, told(X4, counts={"n": 3}))

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 
-from ..effect.plates import check_rows
-from .padding import as_array, checked_capacity, repeat_last_row
+from ..effect.internals import Tracer
+from ..effect.rows import check_rows
 
 Capacity = int | Callable[[int], int]
 
@@ -45,13 +46,13 @@ class Minibatch:
     padded: tuple[str, ...] = field(metadata={"static": True})
 
     @property
-    def indices(self) -> dict[str, Any]:
-        """The rows of the plates that have some, for ``indices`` of a step."""
+    def pinned(self) -> dict[str, Any]:
+        """The rows of the plates that have some, which pins them."""
         return {plate: rows for plate, rows in self.rows.items() if rows is not None}
 
     @property
     def valid(self) -> dict[str, Any]:
-        """The counts of the plates that are padded, for ``valid`` of a step."""
+        """The counts of the plates that are padded, which have padding."""
         return {plate: self.counts[plate] for plate in self.padded}
 
 
@@ -265,3 +266,48 @@ def _capacity(plate: str, count: int, given: Any) -> int | None:
     if capacity is None:
         return None
     return checked_capacity(capacity, count, f" of plate '{plate}'")
+
+
+def checked_capacity(capacity: Any, count: int, of_plate: str = "") -> int:
+    """Return the capacity, unless a batch of `count` rows cannot be padded to it."""
+    if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer):
+        raise ValueError(
+            f"The capacity{of_plate} must be a whole number, not {capacity!r}."
+        )
+    if capacity < count:
+        raise ValueError(
+            f"The batch has {count} rows{of_plate}, more than the capacity of "
+            f"{capacity}. Give a capacity of at least that of the largest batch."
+        )
+    return int(capacity)
+
+
+def as_array(label: str, leaf: Any) -> np.ndarray | jax.Array:
+    """Take a leaf as an array of numbers."""
+    try:
+        array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    # Their type depends on the library that made the leaf.
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"NumPy cannot take {label} as an array: {error}") from error
+    numbers = (np.number, np.bool_, jax.dtypes.extended)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in numbers):
+        raise ValueError(
+            f"{label} is of type {type(leaf).__name__} and holds {array.dtype}, but a "
+            "step takes numbers only. Encode it as numbers, or give the model what is "
+            "the same in all batches with functools.partial."
+        )
+    return array
+
+
+def repeat_last_row(
+    array: np.ndarray | jax.Array, capacity: int
+) -> np.ndarray | jax.Array:
+    """Pad an array of shape ``(count, ...)`` to ``(capacity, ...)``."""
+    rows = np.minimum(np.arange(capacity), len(array) - 1)
+    if (
+        isinstance(array, np.ndarray | Tracer)
+        # Typed keys have no NumPy form.
+        or jnp.issubdtype(array.dtype, jax.dtypes.extended)
+    ):
+        return array[rows]
+    return jnp.asarray(np.asarray(array)[rows])

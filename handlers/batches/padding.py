@@ -1,14 +1,14 @@
-"""Pad batches to one capacity, and count only the rows that are real."""
+"""Mask the padded rows of plates, so that only the others count."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 from jax.typing import ArrayLike
 from numpyro.distributions import MaskedDistribution
 
@@ -16,133 +16,24 @@ from ..effect import internals
 from ..effect.internals import CondIndepStackFrame, Handler, Tracer
 
 
-def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:
-    """Pad every array of a batch along its leading axis, by repeating its last row.
-
-    Parameters
-    ----------
-    batch : pytree of arrays
-        Arrays of shapes ``(count, ...)``, all with the same ``count``; indices of a
-        plate's rows can be among them.
-    capacity : int, optional
-        How many rows to pad to; by default the next power of two. A plate cannot take
-        more rows than it has, so with batches nearly as large as the plate, give a
-        capacity of at most its size.
-
-    Returns
-    -------
-    padded : pytree of arrays
-        The same tree with arrays of shapes ``(capacity, ...)``. NumPy arrays stay
-        NumPy arrays, and JAX arrays JAX arrays.
-    count : int
-        How many rows, the first ones, are those of `batch`.
-
-    Raises
-    ------
-    ValueError
-        If `batch` holds no array or no row, if its arrays differ in their leading
-        axis or lack one, or if `capacity` is smaller than their number of rows.
-
-    Notes
-    -----
-    JAX arrays are padded on the host, where a size that is new compiles nothing.
-
-    Examples
-    --------
-    >>> (x, rows), n = pad_minibatch((X[rows], rows), capacity=256)
-    >>> state, loss = step(state, x, indices={"n": rows}, valid={"n": n})
-    """
-    leaves, structure = tree_flatten_with_path(batch)
-    arrays = {f"batch{keystr(path)}": leaf for path, leaf in leaves}
-    for label, leaf in arrays.items():
-        arrays[label] = as_array(label, leaf)
-        if not arrays[label].ndim:
-            raise ValueError(
-                f"{label} is {leaf!r}, which has no leading axis to pad. Give arrays "
-                "with one row per row of the batch, and pass what all rows share to "
-                "the step itself."
-            )
-    lengths = {label: len(array) for label, array in arrays.items()}
-    if not lengths or min(lengths.values()) < 1:
-        raise ValueError(
-            f"The batch has no row to repeat; the leading axes are {lengths}. Skip the "
-            "steps that have none."
-        )
-    if len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"All arrays of a batch must have one and the same leading axis, but "
-            f"theirs are {lengths}. Pad what belongs to different plates separately."
-        )
-    count = next(iter(lengths.values()))
-    if capacity is None:
-        capacity = 1 << (count - 1).bit_length()
-    capacity = checked_capacity(capacity, count)
-    padded = [repeat_last_row(array, capacity) for array in arrays.values()]
-    return tree_unflatten(structure, padded), count
-
-
-def checked_capacity(capacity: Any, count: int, of_plate: str = "") -> int:
-    """Return the capacity, unless a batch of `count` rows cannot be padded to it."""
-    if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer):
-        raise ValueError(
-            f"The capacity{of_plate} must be a whole number, not {capacity!r}."
-        )
-    if capacity < count:
-        raise ValueError(
-            f"The batch has {count} rows{of_plate}, more than the capacity of "
-            f"{capacity}. Give a capacity of at least that of the largest batch."
-        )
-    return int(capacity)
-
-
-def as_array(label: str, leaf: Any) -> np.ndarray | jax.Array:
-    """Take a leaf as an array of numbers."""
-    try:
-        array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    # Their type depends on the library that made the leaf.
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"NumPy cannot take {label} as an array: {error}") from error
-    numbers = (np.number, np.bool_, jax.dtypes.extended)
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in numbers):
-        raise ValueError(
-            f"{label} is of type {type(leaf).__name__} and holds {array.dtype}, but a "
-            "step takes numbers only. Encode it as numbers, or give the model what is "
-            "the same in all batches with functools.partial."
-        )
-    return array
-
-
-def repeat_last_row(
-    array: np.ndarray | jax.Array, capacity: int
-) -> np.ndarray | jax.Array:
-    """Pad an array of shape ``(count, ...)`` to ``(capacity, ...)``."""
-    rows = np.minimum(np.arange(capacity), len(array) - 1)
-    if (
-        isinstance(array, np.ndarray | Tracer)
-        # Typed keys have no NumPy form.
-        or jnp.issubdtype(array.dtype, jax.dtypes.extended)
-    ):
-        return array[rows]
-    return jnp.asarray(np.asarray(array)[rows])
-
-
-class valid_rows(Handler):
-    """Let only the first rows of a plate count, those that are not padding.
+class mask_padding(Handler):
+    """Mask the padded rows of plates, and rescale the rest.
 
     While this handler is active, each sample site in such a plate, of guide and model
     alike, has its log density masked to the valid rows, and where the plate
     subsamples, scaled by its full size over their number: loss and gradients are
-    those of a batch that holds nothing else. Enter it around the whole step, outside
-    of all plates. Counts that change from step to step must be arguments of the
-    compiled function, so enter it inside of that; entered around, they are constants
-    of the compiled program, and its second call is an error. ``SubsampleSVI`` does all
-    this.
+    those of a batch that holds nothing else.
 
     Parameters
     ----------
     counts : dict of str to int
-        For each plate, how many of its rows are valid: scalars of an integer type,
-        traced or concrete. Plates that are not named are left alone.
+        For each plate, how many of its rows, the first ones, are valid: scalars of an
+        integer type, traced or concrete. Plates that are not named are left alone.
+
+    Attributes
+    ----------
+    capacities : dict of str to int
+        How many rows each plate takes, padding included.
 
     Raises
     ------
@@ -158,22 +49,14 @@ class valid_rows(Handler):
     -----
     Padded observations may hold anything, NaN too: they are replaced by the first
     row's. All else that the model reads must be finite in padded rows, best a copy of
-    a real row as ``pad_minibatch`` makes it, because in a gradient zero times NaN is
-    NaN. What model or guide compute across rows by themselves, as the mean of a
-    batch, includes the padded ones.
+    a real row, because in a gradient zero times NaN is NaN. What model or guide
+    compute across rows by themselves, as the mean of a batch, includes the padded ones.
 
     Two values are wrong inside this handler: that of ``RenyiELBO``, which takes the
     scale of a plate apart from its sites, and that of an ``AutoSemiDAIS`` with a
     ``local_guide``, whose density it sums over all rows. Any ``AutoSemiDAIS`` runs its
     local model where this handler does not reach, on observations that must be real in
     all rows.
-
-    Examples
-    --------
-    >>> @jax.jit
-    ... def loss(params, x, n):
-    ...     with valid_rows({"n": n}):
-    ...         return Trace_ELBO().loss(key, params, model, guide, x)
     """
 
     def __init__(self, counts: Mapping[str, ArrayLike]) -> None:
@@ -191,16 +74,8 @@ class valid_rows(Handler):
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
-        if exc_type is not None:
-            return
-        if self.counts and not self.subsamples:
-            raise ValueError(
-                f"No plate was made while valid_rows({sorted(self.counts)}) was "
-                "active. A function that was compiled before keeps the counts that it "
-                "was compiled with: enter valid_rows inside of it, and make the counts "
-                "its arguments."
-            )
-        check_names("valid", self.counts, self.subsamples)
+        if exc_type is None:
+            check_names(self.counts, self.subsamples)
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate":
@@ -213,6 +88,13 @@ class valid_rows(Handler):
             if frames:
                 self._count_valid_rows(msg, frames, guide_trace)
 
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate" and not internals.is_default(
+            msg["value"], msg["args"][0]
+        ):
+            # Rows that are pinned are a subsample, too, where no size is asked for.
+            self.subsamples[msg["name"]] = True
+
     def _count_valid_rows(
         self,
         msg: dict[str, Any],
@@ -224,7 +106,7 @@ class valid_rows(Handler):
             self.capacities[name] = capacity
             count = self._count(name, capacity)
             valid = jnp.arange(capacity) < count
-            mask = mask & _on_axis(valid, dim)
+            mask = mask & _on_axis(valid, dim, len(msg["fn"].batch_shape))
             if msg["is_observed"]:
                 axis = dim - len(msg["fn"].event_shape)
                 msg["value"] = _repeat_first_row(msg["value"], valid, axis)
@@ -304,17 +186,20 @@ def check_count(name: str, count: int, capacity: int) -> None:
         )
 
 
-def check_names(keyword: str, names: Mapping[str, Any], plates: Iterable) -> None:
-    """Refuse names that are not among the model's plates."""
-    for name in sorted(names.keys() - set(plates)):
+def check_names(names: Iterable[str], plates: Iterable[str]) -> None:
+    """Refuse names in a batch that are not among the model's plates."""
+    plates = sorted(plates)
+    for name in sorted(set(names) - set(plates)):
+        close = get_close_matches(name, plates, n=1)
+        meant = f" Did you mean '{close[0]}'?" if close else ""
         raise ValueError(
-            f"{keyword} names a plate '{name}' that the model does not have; its "
-            f"plates are {sorted(plates)}."
+            f"The batch names a plate '{name}' that the model does not have; its "
+            f"plates are {plates}.{meant}"
         )
 
 
-def _on_axis(valid: jax.Array, axis: int) -> jax.Array:
-    return valid.reshape((-1,) + (1,) * (-axis - 1))
+def _on_axis(valid: jax.Array, axis: int, ndim: int) -> jax.Array:
+    return valid.reshape((1,) * (ndim + axis) + (-1,) + (1,) * (-axis - 1))
 
 
 def _repeat_first_row(value: ArrayLike, valid: jax.Array, axis: int) -> ArrayLike:
@@ -322,7 +207,7 @@ def _repeat_first_row(value: ArrayLike, valid: jax.Array, axis: int) -> ArrayLik
     if len(shape) < -axis or shape[axis] != valid.shape[0]:
         return value
     first = jax.lax.slice_in_dim(jnp.asarray(value), 0, 1, axis=axis % len(shape))
-    return jnp.where(_on_axis(valid, axis), value, first)
+    return jnp.where(_on_axis(valid, axis, len(shape)), value, first)
 
 
 def _check_scale_may_be_traced(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from numpyro.distributions.transforms import biject_to
 from numpyro.handlers import substitute, trace
@@ -21,23 +23,21 @@ from numpyro.infer.autoguide import (
 from numpyro.infer.initialization import init_to_value
 
 from . import internals
-from .guide_call import GuideCall
-from .plates import PlateRows, full_size, hidden_run, take_rows_of_plates
+from .calls import follow_model
+from .internals import Handler
+from .reading import full_size, hidden_run
+from .rows import PlateRows
 
 
-def set_up(
-    guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
-) -> None:
+def set_up(guide: AutoGuide, call: follow_model) -> None:
     """Let a guide learn the structure of its model, and where its latents start.
 
     Parameters
     ----------
     guide : AutoGuide
         The guide, which has not been called yet.
-    call : GuideCall
+    call : follow_model
         The call, which has read the model's plates.
-    args, kwargs : tuple, dict
-        What guide and model are called with.
 
     Raises
     ------
@@ -45,6 +45,7 @@ def set_up(
         If the guide needs one latent for every row, or the data of all rows, and
         these arguments do not bring them, or not in the plate's order.
     """
+    _, args, kwargs = call.run
     plates = call.plates.values()
     # A part made with block(model, expose=...) does not see the plates of its sites.
     for plate in plates:
@@ -61,18 +62,55 @@ def set_up(
         if subsampled:
             _set_up_at_full_size(guide, min(subsampled), call, args, kwargs)
         else:
-            internals.set_up_prototype(guide, args, kwargs)
+            with _known_rows(call):
+                internals.set_up_prototype(guide, args, kwargs)
     elif subsampled and getattr(guide.init_loc_fn, "func", None) is init_to_value:
-        _set_up_from_values(guide, args, kwargs)
+        with _known_rows(call):
+            _set_up_from_values(guide, args, kwargs)
     elif reordered or not isinstance(guide, AutoGuideList):
         # A list that NumPyro sets up by itself checks its parts' deterministic sites.
-        internals.set_up_prototype(guide, args, kwargs)
-    prototype: Any = guide.prototype_trace
-    for plate in reordered:
-        # What handlers around pin does not reach the prototype. The posterior methods
-        # ask it for the order of the first call's data.
-        if plate.name in prototype:
-            prototype[plate.name]["value"] = plate.rows
+        with _known_rows(call):
+            internals.set_up_prototype(guide, args, kwargs)
+
+
+@contextmanager
+def _known_rows(call: follow_model) -> Generator[None]:
+    """Give plates the rows that are known, since NumPyro hides pins from a first run.
+
+    The plates spend their keys all the same, and shuffle nothing.
+    """
+
+    def give(subsample: Callable, *args: Any) -> tuple[int, jax.Array]:
+        with _give_rows(call.plates):
+            return subsample(*args)
+
+    with internals.plates_made_by(give):
+        yield
+
+
+class _give_rows(Handler):
+    """Gives a plate the rows that its record has; entered innermost."""
+
+    def __init__(self, plates: dict[str, PlateRows]) -> None:
+        super().__init__()
+        self._plates = plates
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate" and msg["value"] is None:
+            msg["fn"] = partial(self._draw, msg, msg["fn"])
+
+    def _draw(
+        self, msg: dict[str, Any], draw: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
+        # By now handlers in the model have changed the name, if they do.
+        known = self._plates.get(msg["name"])
+        rows = None if known is None else known.rows
+        return draw(*args, **kwargs) if rows is None else rows
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        known = self._plates.get(msg["name"]) if msg["type"] == "plate" else None
+        if known is not None and known.rows is not None:
+            msg["value"] = known.rows
 
 
 def needs_whole_likelihood(guide: AutoGuide) -> bool:
@@ -113,7 +151,7 @@ def _plates_of_latents(
 def _set_up_at_full_size(
     guide: AutoContinuous,
     name: str,
-    call: GuideCall,
+    call: follow_model,
     args: tuple,
     kwargs: dict[str, Any],
 ) -> None:
@@ -137,15 +175,11 @@ def _set_up_from_values(guide: AutoGuide, args: tuple, kwargs: dict[str, Any]) -
     """Start every row where ``init_to_value`` says, those outside the batch too."""
     init_loc_fn: Any = guide.init_loc_fn
     values = init_loc_fn.keywords.get("values", {})
-    of_batch = dict(values)
-
-    def take(site: dict[str, Any]) -> None:
-        if site["type"] == "sample" and site["name"] in values:
-            value = take_rows_of_plates(values[site["name"]], site)
-            of_batch[site["name"]] = value
-
-    with hidden_run(), substitute(substitute_fn=take):
+    with hidden_run(), trace() as sites, substitute(data=values):
         guide.model(*args, **kwargs)
+    # Where values of all rows are given, `substitute` has taken those of the batch.
+    known = {name: sites[name]["value"] for name in values.keys() & sites.keys()}
+    of_batch = values | known
     with internals.replaced(guide, init_loc_fn=partial(init_to_value, values=of_batch)):
         internals.set_up_prototype(guide, args, kwargs)
     if isinstance(guide, AutoGuideList):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -13,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpyro
 from numpyro.distributions import Delta
-from numpyro.handlers import substitute
 from numpyro.infer.autoguide import (
     AutoContinuous,
     AutoGuide,
@@ -21,19 +18,13 @@ from numpyro.infer.autoguide import (
     AutoSemiDAIS,
 )
 
-from ..batches.padding import valid_rows
 from . import internals
-from .alignment import check_drawn_rows, check_scales, looked_at
+from .calls import follow_model, hold_to_guide
+from .data_flow import looked_at, warn_of_call
 from .first_call import needs_whole_likelihood, set_up
-from .guide_call import GuideCall
 from .internals import CondIndepStackFrame, Handler
-from .model_call import ModelCall
-from .plates import (
-    arguments_for_plates,
-    full_size,
-    read_plates,
-    take_rows,
-)
+from .reading import full_size
+from .rows import take_rows
 
 
 def model_of(guide: Any) -> Callable | None:
@@ -75,8 +66,6 @@ def call_guide(
     args: tuple,
     kwargs: dict[str, Any],
     run: Callable | None = None,
-    rows: Mapping[str, str | int] | None = None,
-    valid: Mapping[str, str | int] | None = None,
 ) -> Any:
     """Run a guide so that its plates follow the model's.
 
@@ -90,9 +79,6 @@ def call_guide(
         What both are called with.
     run : callable, optional
         Runs the guide; by default `guide` itself.
-    rows, valid : dict of str to str or int, optional
-        For some plates, the argument of the model that holds their rows, or the count
-        of those that are valid.
 
     Returns
     -------
@@ -100,62 +86,46 @@ def call_guide(
         What the guide returns.
     """
     run = guide if run is None else run
-    call = internals.find(GuideCall)
+    call = internals.find(follow_model)
+    if is_served(guide):
+        return run(*args, **kwargs)
     if call is not None:
-        with served(guide, call, args, kwargs):
+        with served(guide, call):
             return run(*args, **kwargs)
-    initialised = isinstance(guide, AutoGuide) and guide.prototype_trace is not None
-    needs = internals.frames(guide) if initialised else None
-    contexts = [h for h in internals.handlers_around() if isinstance(h, ModelCall)]
-    of_rows = dict(ChainMap(dict(rows or {}), *(dict(h._rows) for h in contexts)))
-    of_counts = dict(ChainMap(dict(valid or {}), *(dict(h._valid) for h in contexts)))
-    pins = arguments_for_plates(model, of_rows, args, kwargs)
-    pins = {plate: jnp.asarray(own) for plate, own in pins.items()}
-    counts = arguments_for_plates(model, of_counts, args, kwargs)
-    if counts and not contexts:
-        raise ValueError(
-            f"A wrapped guide alone cannot let the model count the valid rows of "
-            f"plates {sorted(counts)}. Name them to the context, "
-            "dynamic_subsample(valid=...), or to SubsampleSVI."
-        )
+    if any(part.create_plates is not None for part in autoguides_in(guide)):
+        return _run_as_it_is(guide, run, args, kwargs)
 
     def rerun(*args: Any, **kwargs: Any) -> Any:
         return call_guide(guide, model, args, kwargs, run)
 
-    counting = valid_rows(counts) if counts else nullcontext()
-    with substitute(data=pins), counting:
-        call = GuideCall(model, args, kwargs, needs=needs, counts=counts)
-        with call, served(guide, call, args, kwargs):
-            result = run(*args, **kwargs)
-            for name in {**pins, **counts}:
-                # The model takes the rows of a plate of the guide: there has to be one.
-                plate = call.plate(name)
-                numpyro.plate(name, plate.size, dim=min(plate.dims, default=None))
-        if not call.in_context:
-            _refuse_what_a_wrapper_cannot_reach(guide, call)
-        check_drawn_rows(guide, call, rerun)
-        check_scales(guide, call)
+    with follow_model(model, args, kwargs) as call, served(guide, call):
+        result = run(*args, **kwargs)
+    if not call.in_context:
+        _refuse_what_a_wrapper_cannot_reach(guide, call)
+    warn_of_call(guide, call, rerun)
     return result
 
 
-def _refuse_what_a_wrapper_cannot_reach(guide: Any, call: GuideCall) -> None:
-    """Hold a model that the wrapper alone cannot change to rule 3 of ``plates``."""
-    # Plates in which the guide has no site are read only if the first reading has found
-    # something there. The others are known by now.
+def _run_as_it_is(guide: Any, run: Callable, args: tuple, kwargs: dict) -> Any:
+    """Run a guide whose plates are made by hand, as NumPyro does."""
+    if internals.find(hold_to_guide) is None:
+        raise ValueError(
+            f"The guide {guide!r} has create_plates, and dynamic_subsample makes its "
+            "plates follow the model. Leave create_plates out."
+        )
+    with ExitStack() as marks:
+        for part in autoguides_in(guide):
+            marks.enter_context(mark_served(part))
+        return run(*args, **kwargs)
+
+
+def _refuse_what_a_wrapper_cannot_reach(guide: Any, call: follow_model) -> None:
+    """Refuse a model that would have to be changed, which a wrapper alone cannot."""
+    # Once nothing in the model needs it, a guide without latents in plates runs alone.
     done = looked_at(guide)
-    if ("gathers", "") not in done:
-        try:
-            known = call.read()
-        except Exception:
-            # An autoguide may be called with what its model cannot run on.
-            return
-        done |= {("gathers", name) for name, p in call.plates.items() if p.gathers}
-        done |= {("gathers", "")} if known else set()
-    for what, name in sorted(done):
-        if what == "gathers" and name:
-            call.plate(name)
-    if any(plate.is_reordered for plate in call.plates.values()):
-        call.read()
+    if ("context", "") not in done:
+        call.read(needed=False)
+        done |= set() if call.needs_context else {("context", "")}
     for plate in call.plates.values():
         if plate.is_reordered and plate.gathers:
             raise ValueError(
@@ -170,71 +140,37 @@ def _refuse_what_a_wrapper_cannot_reach(guide: Any, call: GuideCall) -> None:
 # ------------------------------------------------------------------ all families
 
 
-class Serving(Handler):
-    """Says that a guide is being served, and need not be again."""
-
-    def __init__(self, guide: AutoGuide) -> None:
-        super().__init__()
-        self.guide = guide
+def mark_served(guide: AutoGuide) -> AbstractContextManager[None]:
+    """Mark a guide as one that is being served, and need not be again."""
+    return internals.replaced(guide, _is_served=True)
 
 
-def is_served(guide: AutoGuide) -> bool:
+def is_served(guide: Any) -> bool:
     """Tell whether a guide is being served."""
-    handlers = internals.handlers_around()
-    return any(isinstance(h, Serving) and h.guide is guide for h in handlers)
+    return "_is_served" in getattr(guide, "__dict__", {})
 
 
 @contextmanager
-def served(
-    guide: Any, call: GuideCall, args: tuple, kwargs: dict[str, Any]
-) -> Generator[None]:
+def served(guide: Any, call: follow_model) -> Generator[None]:
     """Give a guide, for as long as it runs, what its family needs."""
-    if not issubclass(type(guide), AutoGuide) or is_served(guide):
+    if not issubclass(type(guide), AutoGuide):
         yield
         return
-    with Serving(guide), internals.with_parts(guide, _part):
-        if guide.prototype_trace is not None:
-            with _family(guide, call, args, kwargs):
-                yield
-            return
-        call.read()
-        with internals.undone_on_error(guide):
-            set_up(guide, call, args, kwargs)
-            with _family(guide, call, args, kwargs):
-                yield
+    with ExitStack() as stack:
+        stack.enter_context(mark_served(guide))
+        if guide.prototype_trace is None:
+            call.read()
+            stack.enter_context(internals.undone_on_error(guide))
+            set_up(guide, call)
+        _refuse_supports_by_row(guide, call)
+        if isinstance(guide, AutoContinuous):
+            stack.enter_context(_joint(guide, call))
+        elif isinstance(guide, AutoSemiDAIS):
+            stack.enter_context(_local_dais(guide, call))
+        yield
 
 
-class _Part:
-    """A part of a guide, served as the guide is."""
-
-    def __init__(self, guide: AutoGuide) -> None:
-        self._guide = guide
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return call_guide(self._guide, self._guide.model, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._guide, name)
-
-
-def _part(guide: Any) -> Any:
-    return _Part(guide) if issubclass(type(guide), AutoGuide) else guide
-
-
-def _family(
-    guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
-) -> AbstractContextManager[None]:
-    if guide.create_plates is not None:
-        _follow_create_plates(guide, call, args, kwargs)
-    _refuse_supports_by_row(guide, call)
-    if isinstance(guide, AutoContinuous):
-        return _joint(guide, call)
-    if isinstance(guide, AutoSemiDAIS):
-        return _local_dais(guide, call)
-    return nullcontext()
-
-
-def _refuse_supports_by_row(guide: AutoGuide, call: GuideCall) -> None:
+def _refuse_supports_by_row(guide: AutoGuide, call: follow_model) -> None:
     """Refuse batches of latents whose support is another one for each row."""
     for name, site in (guide.prototype_trace or {}).items():
         if site["type"] != "sample" or site["is_observed"]:
@@ -254,33 +190,11 @@ def _refuse_supports_by_row(guide: AutoGuide, call: GuideCall) -> None:
                 )
 
 
-def _follow_create_plates(
-    guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
-) -> None:
-    """Let the user's plates decide where the model asks for no size."""
-    make: Any = guide.create_plates
-    made = read_plates(make, args, kwargs, internals.handlers_around(call))
-    for own in made.values():
-        plate = call.plate(own.name, own.size)
-        if plate.argument is None and plate.pinned_by is None:
-            call.plates[own.name] = replace(
-                own, dims=plate.dims, pinned_by=None, rows=None
-            )
-        elif plate.subsample_size != own.subsample_size:
-            raise ValueError(
-                f"create_plates gives plate '{own.name}' (size {own.size}) "
-                f"{own.subsample_size} rows, but the model asks for "
-                f"{plate.subsample_size}. Leave create_plates out, and give the number "
-                f"of rows to the model's plate: numpyro.plate('{own.name}', "
-                f"{own.size}, subsample_size=...)."
-            )
-
-
 # ------------------------------------------------------------------ joint guides
 
 
 @contextmanager
-def _joint(guide: AutoContinuous, call: GuideCall) -> Generator[None]:
+def _joint(guide: AutoContinuous, call: follow_model) -> Generator[None]:
     """Let a joint distribution over all rows give those of the batch.
 
     The joint density is that of all rows, unscaled. Each site takes the rows of the
@@ -310,7 +224,7 @@ def _joint(guide: AutoContinuous, call: GuideCall) -> Generator[None]:
         )
 
     inside = full_size() if needs_whole_likelihood(guide) else nullcontext()
-    with _SitesInPlates(guide, plates.__getitem__, rows_of_batch), inside:
+    with _pass_through_plates(guide, plates.__getitem__, rows_of_batch), inside:
         yield
 
 
@@ -328,7 +242,7 @@ def _plate(guide: AutoGuide, frame: CondIndepStackFrame) -> Any:
     return numpyro.plate(frame.name, size, dim=frame.dim)
 
 
-class _SitesInPlates(Handler):
+class _pass_through_plates(Handler):
     """Passes a guide's local sites, which stand outside all plates, through theirs."""
 
     def __init__(
@@ -357,7 +271,7 @@ class _SitesInPlates(Handler):
 
 
 @contextmanager
-def _local_dais(guide: AutoSemiDAIS, call: GuideCall) -> Generator[None]:
+def _local_dais(guide: AutoSemiDAIS, call: follow_model) -> Generator[None]:
     """Give the guide's own record of its plate the size of this call.
 
     The guide scales the log density of its local sites itself and samples them outside
@@ -386,6 +300,6 @@ def _local_dais(guide: AutoSemiDAIS, call: GuideCall) -> Generator[None]:
     of_call = (name, size, call.plate(name, size).subsample_size)
     with (
         internals.with_local_plate(guide, of_call),
-        _SitesInPlates(guide, plate, unscaled),
+        _pass_through_plates(guide, plate, unscaled),
     ):
         yield

@@ -7,10 +7,9 @@ stack of handlers.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
-from traceback import walk_tb
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -21,10 +20,10 @@ try:
     from jax.core import Tracer, eval_jaxpr
     from numpyro.contrib.funsor.enum_messenger import enum
     from numpyro.contrib.funsor.enum_messenger import plate as enum_plate
-    from numpyro.handlers import condition, mask, replay, scope, substitute, trace
+    from numpyro.handlers import replay, scope, substitute, trace
     from numpyro.infer import Predictive
     from numpyro.infer import util as initialisation
-    from numpyro.infer.autoguide import AutoGuide, AutoGuideList, AutoSemiDAIS
+    from numpyro.infer.autoguide import AutoGuide
     from numpyro.ops.provenance import eval_provenance
     from numpyro.optim import _NumPyroOptim as Optimizer
     from numpyro.primitives import _PYRO_STACK as STACK
@@ -92,14 +91,14 @@ _default_rows: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def note_default(rows: jax.Array) -> jax.Array:
-    """Remember that these rows are not pinned, and return them."""
+    """Remember that these rows are all of a plate, in order, and return them."""
     _default_rows[id(rows)] = rows
     return rows
 
 
-def is_default(rows: Any) -> bool:
-    """Tell whether these rows were noted by ``note_default``."""
-    return _default_rows.get(id(rows)) is rows
+def is_default(rows: Any, size: int) -> bool:
+    """Tell whether these rows were noted as all rows of a plate of this size."""
+    return _default_rows.get(id(rows)) is rows and rows.shape[0] == size
 
 
 # ------------------------------------------------------------------ the handler stack
@@ -181,26 +180,6 @@ def replayed() -> replay | None:
     return find(replay)
 
 
-def giver(msg: dict[str, Any]) -> replay | substitute | condition | None:
-    """Return the handler whose dict or trace gives a site its value, None if none.
-
-    The outermost has the last word. What a function gives is not seen.
-    """
-    name = msg["name"]
-    for handler in STACK:
-        if isinstance(handler, scope) and msg["type"] not in handler.hide_types:
-            name = name.removeprefix(f"{handler.prefix}{handler.divider}")
-        elif isinstance(handler, replay) and name in handler.trace:
-            return handler
-        elif isinstance(handler, substitute | condition):
-            choose = getattr(handler, "condition_fn", None)
-            if handler.data is not None and name in handler.data:
-                return handler
-            if choose is not None and choose({**msg, "name": name}) is not None:
-                return handler
-    return None
-
-
 def gives_params() -> list[Any]:
     """Return the handlers that hand out parameters now, the inner ones first."""
     return [h for h in handlers_around() if isinstance(h, substitute | replay)]
@@ -211,12 +190,6 @@ def enumerating() -> bool:
     return find(enum) is not None
 
 
-def passed_through_svi(traceback: Any) -> bool:
-    """Tell whether an error has come out of the inference of an ``SVI``."""
-    modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(traceback)}
-    return bool(modules & {"numpyro.infer.svi", "numpyro.infer.elbo"})
-
-
 def under_renyi_elbo() -> bool:
     """Tell whether ``RenyiELBO`` runs.
 
@@ -224,15 +197,6 @@ def under_renyi_elbo() -> bool:
     sites, so that its particles share their rows.
     """
     return any("sample" in getattr(h, "hide_types", ()) for h in STACK)
-
-
-def under_predictive() -> bool:
-    """Tell whether ``Predictive`` runs a guide or a model.
-
-    It leaves no name on the stack either, but masks what it runs. A user who masks a
-    guide's sites in training is taken for it, and may get a warning too many.
-    """
-    return any(isinstance(h, mask) and h.mask is False for h in STACK)
 
 
 # ------------------------------------------------------------------ automatic guides
@@ -266,15 +230,6 @@ def sites_of_first_call(guide: Any, values: dict[str, Any]) -> dict[str, Any]:
 def with_postprocessing(guide: Any, run: Callable, prototype: Any) -> Any:
     """Let a guide make sites of its latents by `run`, instead of by its model."""
     return replaced(guide, _postprocess_fn=run, prototype_trace=prototype)
-
-
-def with_parts(guide: Any, change: Callable[[Any], Any]) -> Any:
-    """Let a guide that is made of others call them changed."""
-    if isinstance(guide, AutoGuideList):
-        return replaced(guide, _guides=[change(part) for part in guide._guides])
-    if isinstance(guide, AutoSemiDAIS):
-        return replaced(guide, global_guide=change(guide.global_guide))
-    return nullcontext()
 
 
 def local_plate(guide: Any) -> tuple[str, int, int]:

@@ -21,17 +21,20 @@ from numpyro.infer.autoguide import (
     AutoSemiDAIS,
 )
 
-from ..batches.padding import check_names
 from . import internals
-from .alignment import warn
-from .guide_call import GuideCall
-from .guides import Serving, is_served, served
-from .model_call import ModelCall, Samples
-from .plates import Rows, as_rows, full_size, take_rows
+from .calls import follow_model, predicting
+from .data_flow import warn
+from .guides import is_served, mark_served, served
+from .reading import full_size
+from .rows import as_rows, take_rows
 
-# Methods that return latents take `indices`.
-_OF_LATENTS = ("sample_posterior", "median", "quantiles")
-POSTERIOR_METHODS = (*_OF_LATENTS, "get_transform", "get_posterior")
+POSTERIOR_METHODS = (
+    "sample_posterior",
+    "median",
+    "quantiles",
+    "get_transform",
+    "get_posterior",
+)
 
 
 def call_posterior_method(
@@ -39,8 +42,8 @@ def call_posterior_method(
 ) -> Any:
     """Run a posterior method of an autoguide, whatever the size of its first call was.
 
-    ``dynamic_subsample`` documents what ``sample_posterior``, ``median`` and
-    ``quantiles`` return.
+    Latents are those of all rows of their plates. Of a plate whose rows a handler
+    around pins, they are those of these rows, in their order.
 
     Parameters
     ----------
@@ -51,7 +54,7 @@ def call_posterior_method(
     run : callable
         The class's own method of that name, bound to the guide.
     *args, **kwargs
-        The arguments of the method, and `indices`.
+        The arguments of the method.
 
     Returns
     -------
@@ -59,11 +62,9 @@ def call_posterior_method(
         The result of the method.
     """
     as_it_is = guide.prototype_trace is None or is_served(guide)
+    as_it_is = as_it_is or guide.create_plates is not None
     if as_it_is or not internals.initial_values(guide):
         return run(*args, **kwargs)
-    rows = {}
-    if method in _OF_LATENTS:
-        rows = _rows_asked_for(guide, kwargs.pop("indices", None) or {})
     call = signature(run).bind(*args, **kwargs)
     of_model = call.arguments.get("args", ()), call.arguments.get("kwargs", {})
 
@@ -74,29 +75,23 @@ def call_posterior_method(
     params = call.arguments["params"]
     if isinstance(guide, AutoSemiDAIS):
         # Its local latents are functions of their data: it runs as when called.
-        with (
-            substitute(data=rows),
-            GuideCall(guide.model, *of_model) as guide_call,
-            served(guide, guide_call, *of_model),
-        ):
+        with follow_model(guide.model, *of_model) as own, served(guide, own):
             return run_with(params)
-    if isinstance(guide, AutoGuideList):
-        # Its parts are asked for the rows that handlers around pin.
-        with Serving(guide), substitute(data=rows):
+    with mark_served(guide):
+        if isinstance(guide, AutoGuideList):
+            # Its parts are asked for the rows, too.
             return run_with(params)
-    with Serving(guide), ModelCall():
+        rows = {} if method in ("get_transform", "get_posterior") else _pinned(guide)
         return _latents_and_others(guide, run_with, params, rows, *of_model)
 
 
-def _rows_asked_for(guide: AutoGuide, indices: Rows) -> dict[str, jax.Array]:
-    sizes = internals.full_sizes(guide)
-    check_names("indices", indices, sizes)
+def _pinned(guide: AutoGuide) -> dict[str, jax.Array]:
+    """Return the rows that handlers around pin, by plate."""
     rows = {}
-    for name, size in sizes.items():
-        around = internals.plate_outside(name, size, internals.handlers_around())
-        own = indices.get(name, around["value"])
-        if own is not None:
-            rows[name] = as_rows(name, size, own)
+    for name, size in internals.full_sizes(guide).items():
+        outside = internals.plate_outside(name, size, internals.handlers_around())
+        if outside["value"] is not None:
+            rows[name] = as_rows(name, size, outside["value"])
     return rows
 
 
@@ -127,7 +122,7 @@ def _latents_and_others(
         predictive = partial(Predictive, guide.model, latents, params=in_model)
         predict = predictive(return_sites=names, batch_ndims=ndims)
         # Without rows asked for, latents are of all rows, and the model takes its own.
-        with substitute(data=rows), Samples(of_all_rows=not rows):
+        with predicting(of_all_rows=not rows):
             return latents | predict(jax.random.key(0), *args, **kwargs)
 
 
@@ -218,7 +213,7 @@ def _independent_of_rows(
         }
         # The first call had other rows than those that are pinned around.
         hidden = block(hide_fn=lambda msg: msg["type"] == "plate")
-        with hidden, Samples(of_all_rows=True):
+        with hidden, predicting(of_all_rows=True):
             sites = internals.sites_of_first_call(guide, unconstrained)
         return {name: sites[name] for name in names}
 

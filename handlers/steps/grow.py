@@ -23,7 +23,8 @@ from ..effect import internals
 from ..effect.first_call import evaluates_first_data
 from ..effect.guides import autoguides_in, joint_over
 from ..effect.internals import undone_on_error
-from ..effect.plates import check_size, read_plates
+from ..effect.reading import read_plates
+from ..effect.rows import check_size
 from .optimizers import axes_of_leaves
 from .rowwise import RowParams
 

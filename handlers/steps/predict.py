@@ -29,7 +29,7 @@ from ..batches.padding import check_count, check_names, valid_rows
 from ..effect import internals
 from ..effect.guide_call import GuideCall
 from ..effect.guides import autoguides_in
-from ..effect.plates import PlateRows, check_rows, read_plates
+from ..effect.PLATES import PlateRows, check_rows, read_plates
 
 
 @dataclass(frozen=True)

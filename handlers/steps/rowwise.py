@@ -15,7 +15,7 @@ from numpyro.infer.svi import SVIState
 
 from ..effect.guides import joint_over
 from ..effect.internals import Handler, Optimizer
-from ..effect.plates import Counts, all_in_order
+from ..effect.rows import Counts, all_in_order
 from .optimizers import REMEDY, Axes, axes_of_leaves, check_rows_are_apart
 
 

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager
 from copy import copy
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
-from numpyro.infer.svi import SVIRunResult, SVIState
-from tqdm.auto import tqdm
+from numpyro.infer.svi import SVIState
 
 from ..batches.minibatch import Minibatch
-from ..batches.padding import check_names, valid_rows
+from ..batches.padding import check_names, mask_padding
 from ..effect import internals
-from ..effect.alignment import MisalignedSubsampleWarning, ScoreFunctionWatcher
+from ..effect.calls import pinned_in_model
+from ..effect.data_flow import MisalignedSubsampleWarning, warn_of_score_functions
 from ..effect.dynamic_subsample import dynamic_subsample
 from ..effect.internals import Tracer
-from ..effect.model_call import pinned_in_model
-from ..effect.plates import Counts, Rows, arguments_for_plates, check_rows
-from .fit import fit as fit_batches
+from ..effect.pin_rows import substitute_rows
+from .fit import fit
 from .grow import grown
-from .predict import Request, predict, unpacked
 from .rowwise import RowSteps
 
 
@@ -34,18 +29,10 @@ class SubsampleSVI(SVI):
     """SVI in mini-batches of any size, with one compilation for all of them.
 
     The guide's plates follow the model's, as with ``dynamic_subsample``. Each method
-    that runs on a batch takes one ``Minibatch``, which ``minibatch`` makes, or the
-    model's arguments and two keywords that never reach the model. All of them are
-    arguments of a compiled step, so they may change between its calls:
-
-    indices : dict of str to array, optional
-        For each plate, the rows that the batch holds, integers of shape
-        ``(subsample_size,)``, in model and guide alike. A plate that is not named draws
-        its rows, once per step.
-    valid : dict of str to int, optional
-        For each plate, how many of its rows, the first ones, are real; the others are
-        padding. Loss, gradients and new state are those of the step without padding.
-        See ``valid_rows`` for what padding may hold.
+    that runs on a batch takes one ``Minibatch``, which ``minibatch`` makes: the model's
+    arguments, the rows that the batch holds of each plate, and how many of them are
+    valid. Or it takes the model's own arguments; plates then draw their rows, or the
+    model pins them (see ``pin_rows``).
 
     Parameters
     ----------
@@ -54,8 +41,10 @@ class SubsampleSVI(SVI):
     guide : callable
         The guide, an autoguide or any other callable. It is wrapped in
         ``dynamic_subsample``.
-    optim, loss, **static_kwargs
-        As for ``numpyro.infer.SVI``.
+    optim : optimizer
+        An optimizer of ``numpyro.optim`` or of optax.
+    loss : ELBO
+        The objective, such as ``numpyro.infer.Trace_ELBO()``.
     rowwise : bool, default False
         Let ``update``, ``stable_update``, ``run`` and ``fit`` step on the batch's rows
         alone: of each parameter that holds the rows of a subsampled plate, and of the
@@ -63,12 +52,9 @@ class SubsampleSVI(SVI):
         these rows back. In a compiled step with a donated state,
         ``jax.jit(svi.update, donate_argnums=0)``, time and temporary memory are then
         those of the batch, whatever the size of the plate, if its rows are pinned;
-        NumPyro draws them by shuffling the whole plate. ``run`` and ``fit`` donate by
-        themselves.
-    rows, valid : dict of str to str or int, optional
-        For each plate whose rows or counts arrive in an argument of the model, the
-        name of that argument, or its position. So a loop that knows nothing of rows
-        can train.
+        NumPyro draws them by shuffling the whole plate. ``fit`` donates by itself.
+    **static_kwargs
+        Arguments of model and guide that are the same in all steps.
 
     Raises
     ------
@@ -77,13 +63,12 @@ class SubsampleSVI(SVI):
         a step with `rowwise`, if the optimizer mixes rows, as adafactor does; if the
         guide is one joint distribution over the rows; if several particles draw rows
         of their own; if a parameter with rows is read outside of its plate, too.
-        By a step, if `indices` or `valid` name a plate that the model does not have;
-        if indices are not a vector of integers as long as the model's
-        ``subsample_size``, or lie outside of the plate, or the model pins rows of its
-        own; if a count is not an integer scalar, or not between 1 and the plate's
-        rows; if `valid` is given to ``RenyiELBO``, to ``AutoSemiDAIS`` with a
-        ``local_guide``, to a guide whose sites stand outside of the plate, or where
-        ``TraceEnum_ELBO`` needs a concrete scale (see ``valid_rows``).
+        By a step, if the batch names a plate that the model does not have; if its rows
+        are not as many as the model's ``subsample_size``, or lie outside of the plate,
+        or the model pins rows of its own; if a count is not between 1 and the plate's
+        rows; if a batch is padded for ``RenyiELBO``, for ``AutoSemiDAIS`` with a
+        ``local_guide``, for a guide whose sites stand outside of the plate, or where
+        ``TraceEnum_ELBO`` needs a concrete scale.
 
     Warns
     -----
@@ -99,15 +84,18 @@ class SubsampleSVI(SVI):
     A compiled step cannot raise. Rows and counts out of range, where their values are
     not known, make its loss NaN, and with it the parameters that the step moves.
 
+    Where a plate of the model asks for no ``subsample_size``, the rows of the batch
+    decide it.
+
     With `rowwise`, optimizers that leave alone what has no gradient (SGD, Adagrad,
     with schedules too) give the very parameters of the ordinary steps. Others (Adam,
-    RMSProp, all with momentum or weight decay) let the rows outside of a batch rest,
-    instead of moving them by old moments: the lazy variant, known from PyTorch's
-    ``SparseAdam``, here with one count of steps for all rows.
+    RMSProp, all with momentum or weight decay) do not move the rows outside of a batch,
+    where an ordinary step moves them by old moments: the lazy variant, known from
+    PyTorch's ``SparseAdam``, here with one count of steps for all rows.
 
-    Model code that mixes rows by itself, as the mean of a batch, sees the padded rows
-    too. So does ``init`` where it looks for initial values, for which observations
-    must be real in all rows.
+    Model code that computes across rows by itself, as the mean of a batch, includes the
+    padded rows. So does ``init`` where it looks for initial values, for which
+    observations must be real in all rows.
 
     Examples
     --------
@@ -127,23 +115,17 @@ class SubsampleSVI(SVI):
         loss: Any,
         *,
         rowwise: bool = False,
-        rows: Mapping[str, str | int] | None = None,
-        valid: Mapping[str, str | int] | None = None,
         **static_kwargs: Any,
     ) -> None:
         guide = dynamic_subsample(guide, model=model)
         super().__init__(model, guide, optim, loss, **static_kwargs)
-        self._rows, self._valid = dict(rows or {}), dict(valid or {})
         self._row_steps = RowSteps(self) if rowwise else None
-        self._programs: dict[Any, Any] = {}
 
     def init(
         self,
         rng_key: jax.Array,
         *args: Any,
         init_params: dict[str, Any] | None = None,
-        indices: Rows | None = None,
-        valid: Counts | None = None,
         **kwargs: Any,
     ) -> SVIState:
         """Return the state that training starts from.
@@ -152,19 +134,21 @@ class SubsampleSVI(SVI):
         ----------
         rng_key : array
             The random key.
+        *args, **kwargs
+            One ``Minibatch``, or the arguments of the model.
         init_params : dict, optional
             Values of parameters to start from, of all rows.
-        *args, indices, valid, **kwargs
-            A batch: see the class.
 
         Returns
         -------
         SVIState
             Arrays of its own, which a step may be allowed to overwrite.
         """
-        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
-        with self._batch(indices, valid), internals.search_compiled():
-            state = super().init(rng_key, *args, init_params=init_params, **kwargs)
+        batch = self._unpacked(args, kwargs)
+        with self._on(batch), internals.search_compiled():
+            state = super().init(
+                rng_key, *batch.args, init_params=init_params, **batch.kwargs
+            )
         # The guide keeps its initial values; a step may be allowed to overwrite these.
         return jax.tree.map(jnp.copy, state)
 
@@ -173,8 +157,6 @@ class SubsampleSVI(SVI):
         svi_state: SVIState,
         *args: Any,
         forward_mode_differentiation: bool = False,
-        indices: Rows | None = None,
-        valid: Counts | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
         """Take one step on a batch.
@@ -183,10 +165,10 @@ class SubsampleSVI(SVI):
         ----------
         svi_state : SVIState
             The state before the step.
+        *args, **kwargs
+            One ``Minibatch``, or the arguments of the model.
         forward_mode_differentiation : bool, default False
-            As for ``numpyro.infer.SVI.update``.
-        *args, indices, valid, **kwargs
-            The batch: see the class.
+            Whether to differentiate in forward mode, as ``numpyro.infer.SVI`` does.
 
         Returns
         -------
@@ -195,124 +177,60 @@ class SubsampleSVI(SVI):
         loss : array of shape ()
             The loss before the step, an estimate for all rows.
         """
-        step = partial(
-            super().update,
-            forward_mode_differentiation=forward_mode_differentiation,
-        )
-        return self._step(step, svi_state, indices, valid, args, kwargs)
+        options = {"forward_mode_differentiation": forward_mode_differentiation}
+        return self._step(super().update, svi_state, options, args, kwargs)
 
     def stable_update(
         self,
         svi_state: SVIState,
         *args: Any,
         forward_mode_differentiation: bool = False,
-        indices: Rows | None = None,
-        valid: Counts | None = None,
         **kwargs: Any,
     ) -> tuple[SVIState, Any]:
         """Take one step on a batch, unless its loss or gradients are not finite.
 
-        Parameters and returned values are those of ``update``. A step that is skipped
-        returns its loss and the state before.
-        """
-        step = partial(
-            super().stable_update,
-            forward_mode_differentiation=forward_mode_differentiation,
-        )
-        return self._step(step, svi_state, indices, valid, args, kwargs)
-
-    def run(
-        self,
-        rng_key: jax.Array,
-        num_steps: int,
-        *args: Any,
-        progress_bar: bool = True,
-        stable_update: bool = False,
-        forward_mode_differentiation: bool = False,
-        init_state: SVIState | None = None,
-        init_params: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> SVIRunResult:
-        """Take many steps on one batch. For many batches, use ``fit``.
-
         Parameters
         ----------
-        rng_key : array
-            The random key of ``init``, which is called without `init_state`.
-        num_steps : int
-            How many steps to take.
-        progress_bar : bool, default True
-            Show the steps and the mean loss.
-        stable_update : bool, default False
-            Take steps by ``stable_update``.
-        forward_mode_differentiation : bool, default False
-            As for ``numpyro.infer.SVI.update``.
-        init_state : SVIState, optional
-            A state to go on from.
-        init_params : dict, optional
-            As for ``init``.
+        svi_state : SVIState
+            The state before the step.
         *args, **kwargs
-            The batch, `indices` and `valid` included: see the class.
+            One ``Minibatch``, or the arguments of the model.
+        forward_mode_differentiation : bool, default False
+            Whether to differentiate in forward mode, as ``numpyro.infer.SVI`` does.
 
         Returns
         -------
-        SVIRunResult
-            The parameters, the state and the loss of each step.
+        svi_state : SVIState
+            The state after the step, or before it if the step is skipped.
+        loss : array of shape ()
+            The loss before the step, an estimate for all rows.
         """
-        run_all = super().run
+        options = {"forward_mode_differentiation": forward_mode_differentiation}
+        return self._step(super().stable_update, svi_state, options, args, kwargs)
 
-        def run(num_steps: int, **options: Any) -> SVIRunResult:
-            return run_all(
-                rng_key,
-                num_steps,
-                *args,
-                stable_update=stable_update,
-                forward_mode_differentiation=forward_mode_differentiation,
-                **options,
-                **kwargs,
-            )
+    def evaluate(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a batch, without a step.
 
-        if self._row_steps is None or num_steps < 1:
-            return run(
-                num_steps,
-                progress_bar=progress_bar,
-                init_state=init_state,
-                init_params=init_params,
-            )
+        Parameters
+        ----------
+        svi_state : SVIState
+            The state, whose random key the loss is computed with.
+        *args, **kwargs
+            One ``Minibatch``, or the arguments of the model.
 
-        # A state that is not donated would be copied, with all of its rows.
-        @partial(jax.jit, static_argnums=0, donate_argnums=1)
-        def steps(count: int, state: SVIState) -> tuple[SVIState, jax.Array]:
-            result = run(count, progress_bar=False, init_state=state)
-            return result.state, result.losses
+        Returns
+        -------
+        array of shape ()
+            The loss, an estimate for all rows.
+        """
+        batch = self._unpacked(args, kwargs)
+        with self._on(batch):
+            return super().evaluate(svi_state, *batch.args, **batch.kwargs)
 
-        if init_state is None:
-            state = self.init(rng_key, *args, init_params=init_params, **kwargs)
-        else:
-            state = jax.tree.map(jnp.copy, init_state)
-        losses = []
-        at_once = max(num_steps // 20, 1) if progress_bar else num_steps
-        with tqdm(total=num_steps, disable=not progress_bar) as bar:
-            for done in range(0, num_steps, at_once):
-                count = min(at_once, num_steps - done)
-                state, of_steps = steps(count, state)
-                losses.append(of_steps)
-                if progress_bar:
-                    bar.set_postfix_str(f"loss: {of_steps.mean():.4f}", refresh=False)
-                bar.update(count)
-        return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
+    fit = fit
 
-    fit = fit_batches
-
-    def grow(
-        self,
-        svi_state: SVIState,
-        *args: Any,
-        indices: Rows | None = None,
-        valid: Counts | None = None,
-        **kwargs: Any,
-    ) -> SVIState:
-        """Go on with plates that have become larger, since data came in.
+    def grow(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> SVIState:
+        """Extend the state after plates have grown.
 
         The new rows of a plate are its last ones. They start where ``init`` would
         start them, with a key that is made from the state's. All other parameters,
@@ -327,9 +245,9 @@ class SubsampleSVI(SVI):
         ----------
         svi_state : SVIState
             The state so far.
-        *args, indices, valid, **kwargs
-            A batch, with which the model has its new sizes. It need not hold any of
-            the new rows.
+        *args, **kwargs
+            One ``Minibatch``, or the arguments of the model, for which the model makes
+            its plates with their new sizes. No new row has to be in it.
 
         Returns
         -------
@@ -361,279 +279,66 @@ class SubsampleSVI(SVI):
 
         Examples
         --------
-        >>> state = svi.grow(state, X[rows], indices={"n": rows})
+        >>> state = svi.grow(state, minibatch(X[rows], rows={"n": rows}))
         """
-        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
-        with self._batch(indices, valid):
-            return grown(self, svi_state, args, kwargs)
-
-    def evaluate(
-        self,
-        svi_state: SVIState,
-        *args: Any,
-        indices: Rows | None = None,
-        valid: Counts | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Return the loss of a batch, without a step.
-
-        Parameters
-        ----------
-        svi_state : SVIState
-            The state, whose random key the loss is computed with.
-        *args, indices, valid, **kwargs
-            The batch: see the class.
-
-        Returns
-        -------
-        array of shape ()
-            The loss, an estimate for all rows.
-        """
-        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
-        with self._batch(indices, valid):
-            return super().evaluate(svi_state, *args, **kwargs)
-
-    def predict(
-        self,
-        rng_key: jax.Array,
-        state_or_params: SVIState | dict[str, Any],
-        *args: Any,
-        num_samples: int = 1000,
-        return_sites: Sequence[str] | None = None,
-        indices: Rows | None = None,
-        valid: Counts | None = None,
-        unseen: Sequence[str] = (),
-        **kwargs: Any,
-    ) -> dict[str, np.ndarray]:
-        """Draw from the posterior predictive distribution of the rows of a batch.
-
-        Each draw takes latents from the guide, those of the batch's rows, and runs the
-        model with them. Observed sites are drawn anew, whether the batch brings data
-        for them or not. Latents that the guide does not draw, enumerated ones among
-        them, come from the model.
-
-        It is compiled once for each shape of batch: arrays are arguments of the
-        compiled program; all other arguments are constants of it and must be hashable.
-
-        Parameters
-        ----------
-        rng_key : jax.Array
-            The random key.
-        state_or_params : SVIState or dict
-            The state, or parameters as ``get_params`` gives them, which lack mutable
-            state.
-        *args, indices, valid, **kwargs
-            The batch. Rows that are not valid are left out of what is returned.
-        num_samples : int
-            How many draws to make, one after another.
-        return_sites : sequence of str, optional
-            The sites to return; by default all deterministic ones, and those sample
-            sites that the guide does not draw.
-        unseen : sequence of str
-            Plates whose rows in this batch are none of those that the plate has. The
-            latents of such rows are drawn from the model, given the other latents.
-            There may be more of them than the plate has, and `indices` of such plates
-            say nothing.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            By site, draws of shape ``(num_samples, ...)``.
-
-        Raises
-        ------
-        ValueError
-            If a plate would draw its rows; if the model looks up something by the rows
-            of an unseen plate; if a name is none of the model's plates or sites; if
-            indices or counts do not fit their plates.
-
-        Notes
-        -----
-        With the same key, latents outside of the batch's plates, and all latents of a
-        joint guide, are the same draws for every batch. Draws of the batch's rows, and
-        of their data, are other ones in another batch, or in another place of it.
-
-        A deterministic site is taken to have the axes of its plates in front.
-
-        Examples
-        --------
-        >>> draws = svi.predict(key, state, X[rows], indices={"n": rows})["y"]
-        >>> draws = svi.predict(key, state, X_new, unseen=["n"])["y"]
-        """
-        batch = self._unpacked(args, kwargs, indices, valid)
-        request = Request(num_samples, tuple(unseen), _names(return_sites))
-        return predict(self, rng_key, state_or_params, [batch], request)
-
-    def predict_batches(
-        self,
-        rng_key: jax.Array,
-        state_or_params: SVIState | dict[str, Any],
-        batches: Iterable,
-        *,
-        num_samples: int = 1000,
-        return_sites: Sequence[str] | None = None,
-        unseen: Sequence[str] = (),
-        progress_bar: bool = True,
-    ) -> dict[str, np.ndarray]:
-        """Draw from the posterior predictive distribution of one batch after another.
-
-        The memory of the device holds one batch and its draws at a time.
-
-        Parameters
-        ----------
-        rng_key, state_or_params, num_samples, return_sites, unseen
-            As for ``predict``.
-        batches : iterable
-            Batches as ``minibatch`` makes them; a list or a loader.
-        progress_bar : bool
-            Whether to show a progress bar.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            By site, draws of shape ``(num_samples, ...)``. Those of rows stand one
-            after another along their plate's axis, in the order of the batches. Those
-            outside of the batch's plates are there once: each batch has the same.
-            All draws of one number go together, as in one call for all rows. They are
-            the draws of that call where a joint guide makes them, or nobody: the rows'
-            own randomness is another one in each batch.
-
-        Raises
-        ------
-        ValueError
-            As for ``predict``; if a site outside of the batch's plates depends on the
-            batch; if a site has the rows of a plate that may be the batch's or not,
-            or of two plates of the batch; if there is no batch.
-        """
-        request = Request(num_samples, tuple(unseen), _names(return_sites))
-        batches = unpacked(self, batches, progress_bar)
-        return predict(self, rng_key, state_or_params, batches, request)
-
-    def log_likelihood(
-        self,
-        rng_key: jax.Array,
-        state_or_params: SVIState | dict[str, Any],
-        *args: Any,
-        num_samples: int = 1000,
-        indices: Rows | None = None,
-        valid: Counts | None = None,
-        unseen: Sequence[str] = (),
-        **kwargs: Any,
-    ) -> dict[str, np.ndarray]:
-        """Return the log likelihood of each row of a batch, for LOO and WAIC.
-
-        Parameters
-        ----------
-        rng_key, state_or_params, *args, indices, valid, unseen, **kwargs
-            As for ``predict``.
-        num_samples : int
-            For how many draws of the latents.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            By observed site, log densities of shape ``(num_samples, rows)``, without
-            the scale of plates.
-
-        Raises
-        ------
-        ValueError
-            As for ``predict``, and if the model observes nothing.
-        """
-        batch = self._unpacked(args, kwargs, indices, valid)
-        request = Request(num_samples, tuple(unseen), log_likelihood=True)
-        return predict(self, rng_key, state_or_params, [batch], request)
-
-    def log_likelihood_batches(
-        self,
-        rng_key: jax.Array,
-        state_or_params: SVIState | dict[str, Any],
-        batches: Iterable,
-        *,
-        num_samples: int = 1000,
-        unseen: Sequence[str] = (),
-        progress_bar: bool = True,
-    ) -> dict[str, np.ndarray]:
-        """Return the log likelihood of each row of one batch after another.
-
-        Parameters, results and errors are those of ``log_likelihood`` and
-        ``predict_batches``.
-        """
-        request = Request(num_samples, tuple(unseen), log_likelihood=True)
-        batches = unpacked(self, batches, progress_bar)
-        return predict(self, rng_key, state_or_params, batches, request)
+        batch = self._unpacked(args, kwargs)
+        with self._on(batch):
+            return grown(self, svi_state, batch.args, batch.kwargs)
 
     def _step(
         self,
         step: Callable,
         svi_state: SVIState,
-        indices: Rows | None,
-        valid: Counts | None,
+        options: dict[str, Any],
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[SVIState, Any]:
-        args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
+        batch = self._unpacked(args, kwargs)
 
         def ordinary(state: SVIState) -> tuple[SVIState, Any]:
-            return step(state, *args, **kwargs)
+            return step(state, *batch.args, **options, **batch.kwargs)
 
         def evaluate(state: SVIState) -> Any:
-            return SVI.evaluate(self, state, *args, **kwargs)
+            return SVI.evaluate(self, state, *batch.args, **batch.kwargs)
 
-        with self._batch(indices, valid):
+        with self._on(batch):
             if self._row_steps is None:
                 return ordinary(svi_state)
-            return self._row_steps(ordinary, evaluate, svi_state, valid)
+            return self._row_steps(ordinary, evaluate, svi_state, batch.valid)
 
-    def _unpacked(
-        self,
-        args: tuple,
-        kwargs: dict[str, Any],
-        indices: Rows | None,
-        valid: Counts | None,
-    ) -> tuple[tuple, dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Return arguments, rows and counts, in whatever way they are given."""
-        for what, given in (("indices", indices), ("valid", valid)):
-            if given is not None and not isinstance(given, Mapping):
-                raise ValueError(
-                    f"{what} must be a dict with plates for keys, not "
-                    f"{type(given).__name__}. If the model has an argument called "
-                    f"{what}, give it by position, or to minibatch(...)."
-                )
-        if any(isinstance(argument, Minibatch) for argument in args):
-            batch, *others = args
-            if others or kwargs or indices is not None or valid is not None:
-                raise ValueError(
-                    "A Minibatch stands for the model's arguments, indices and valid, "
-                    "so it is all that a step takes. Give the rest to minibatch(...), "
-                    "too."
-                )
-            args, kwargs, indices, valid = (
-                batch.args,
-                batch.kwargs,
-                batch.indices,
-                batch.valid,
-            )
-        given = args, {**kwargs, **self.static_kwargs}
-        named = arguments_for_plates(self.model, self._rows, *given)
-        counts = arguments_for_plates(self.model, self._valid, *given)
-        return args, kwargs, named | dict(indices or {}), counts | dict(valid or {})
+    def _unpacked(self, args: tuple, kwargs: dict[str, Any]) -> Minibatch:
+        """Return the batch that a method is given in either way."""
+        others = [*args, *kwargs.values()]
+        if not any(isinstance(argument, Minibatch) for argument in others):
+            return Minibatch(args, kwargs, rows={}, counts={}, padded=())
+        if len(others) == len(args) == 1:
+            return others[0]
+        raise ValueError(
+            "A Minibatch stands for the arguments of the model, so it is all that a "
+            "step takes. Give the others to minibatch(...), too."
+        )
 
     @contextmanager
-    def _batch(self, indices: Rows, valid: Counts) -> Generator[None]:
-        """Hold for one step what is known of its batch."""
-        # A handler cannot tell this objective from the others; here it is known.
-        graph = isinstance(self.loss, TraceGraph_ELBO)
-        watcher = ScoreFunctionWatcher(self.guide.fn) if graph else nullcontext()
-        if valid:
-            self._check_counts_can_be_used(valid)
-        pinned, counts = _PinnedRows(indices), valid_rows(valid)
-        loss = _nan_if_invalid(self.loss, pinned, counts)
-        of_step = internals.replaced(self, loss=loss)
-        with of_step, pinned, counts, watcher, dynamic_subsample():
+    def _on(self, batch: Minibatch) -> Generator[None]:
+        """Hold the model and the guide to the rows and counts of a batch."""
+        self._check_padding_can_be_used(batch.padded)
+        pins, padding = _pin_batch(batch.pinned), mask_padding(batch.valid)
+        loss = _nan_if_invalid(self.loss, pins, padding)
+        context = dynamic_subsample()
+        context.padded = frozenset(batch.padded)
+        with ExitStack() as stack:
+            stack.enter_context(internals.replaced(self, loss=loss))
+            stack.enter_context(pins)
+            stack.enter_context(padding)
+            # A handler cannot tell this objective from the others; here it is known.
+            if isinstance(self.loss, TraceGraph_ELBO):
+                stack.enter_context(warn_of_score_functions(self.guide.fn))
+            stack.enter_context(context)
             yield
 
-    def _check_counts_can_be_used(self, valid: Counts) -> None:
+    def _check_padding_can_be_used(self, padded: Iterable[str]) -> None:
+        if not padded:
+            return
         if isinstance(self.loss, RenyiELBO):
             what = "RenyiELBO takes the scale of a plate apart from its sites and"
             other = "objective"
@@ -643,56 +348,30 @@ class SubsampleSVI(SVI):
         else:
             return
         raise ValueError(
-            f"{what} cannot use valid counts, here of {sorted(valid)}. Use another "
-            f"{other}, or give batches without padding and leave valid out."
+            f"{what} cannot leave out padded rows, here of {sorted(padded)}. Use "
+            f"another {other}, or give batches without a capacity."
         )
 
 
-def _names(sites: Sequence[str] | None) -> tuple[str, ...] | None:
-    return None if sites is None else tuple(sites)
-
-
-class _PinnedRows(substitute):
-    """Pins the rows that a step is given, and holds the model's plates to them."""
-
-    data: dict[str, jax.Array]
-
-    def __init__(self, indices: Rows) -> None:
-        # Made arrays here, once: a loss may compile parts of itself.
-        super().__init__(data={n: jnp.asarray(rows) for n, rows in indices.items()})
-        self._checked = {
-            name: rows if _is_known(rows) else self.data[name]
-            for name, rows in indices.items()
-        }
-        self._plates: set[str] = set()
-        self.sizes: dict[str, int] = {}
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "plate" and msg["name"] in self._checked:
-            name, size = msg["name"], msg["args"][0]
-            check_rows(name, size, self._checked[name])
-            self.sizes[name] = size
-        super().process_message(msg)
+class _pin_batch(substitute_rows):
+    """Pins the rows of a batch, and refuses plates of the model that take others."""
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] != "plate":
+        # The guide's plates, which have records, follow.
+        if msg["type"] != "plate" or msg["name"] not in self.data or "plates" in msg:
             return
         name, (size, argument) = msg["name"], msg["args"]
-        self._plates.add(name)
-        # The guide's plates, which have records, follow.
-        if name not in self.data or "plates" in msg:
-            return
         if pinned_in_model(msg) is not None:
             raise ValueError(
                 f"The model pins the rows of plate '{name}' (size {size}) itself. "
-                "Leave its indices out, or let the model take the rows that it is "
-                f"given: with numpyro.plate('{name}', ...) as idx."
+                "Leave them out of the batch, or let the model take the rows that it "
+                f"is given: with numpyro.plate('{name}', ...) as idx."
             )
-        rows, taken = self.data[name], size if argument is None else argument
-        if len(rows) != taken:
+        count = len(self.data[name])
+        if argument not in (None, count):
             raise ValueError(
-                f"indices hold {len(rows)} rows of plate '{name}' (size {size}), but "
-                f"the model takes {taken}. Give as many, or make the model's "
+                f"The batch holds {count} rows of plate '{name}' (size {size}), but "
+                f"the model takes {argument}. Give as many, or make the model's "
                 "subsample_size the length of its batch."
             )
 
@@ -700,33 +379,29 @@ class _PinnedRows(substitute):
         super().__exit__(exc_type, exc_value, traceback)
         # A wrong name is the cause of the warning, which may have been made an error.
         if exc_type in (None, MisalignedSubsampleWarning):
-            check_names("indices", self.data, self._plates)
+            check_names(self.data, self.sizes)
 
 
-def _is_known(rows: Any) -> bool:
-    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(rows))
-
-
-def _nan_if_invalid(loss: Any, pinned: _PinnedRows, counts: valid_rows) -> Any:
+def _nan_if_invalid(loss: Any, pins: _pin_batch, padding: mask_padding) -> Any:
     """Return a loss that is NaN for traced rows or counts that are out of range.
 
     So are its gradients, and by them what a step makes of parameters and optimizer
     state. Known rows and counts raise errors instead.
     """
-    rows = {n: own for n, own in pinned.data.items() if isinstance(own, Tracer)}
+    rows = {n: own for n, own in pins.data.items() if isinstance(own, Tracer)}
     bounds = {name: (jnp.min(own), jnp.max(own)) for name, own in rows.items()}
-    traced = {n: own for n, own in counts.counts.items() if isinstance(own, Tracer)}
+    traced = {n: own for n, own in padding.counts.items() if isinstance(own, Tracer)}
     if not (bounds or traced):
         return loss
 
     def checked(value: Any) -> Any:
         valid: Any = True
         for name, (low, high) in bounds.items():
-            if name in pinned.sizes:
-                valid = valid & (low >= 0) & (high < pinned.sizes[name])
+            if name in pins.sizes:
+                valid = valid & (low >= 0) & (high < pins.sizes[name])
         for name, count in traced.items():
-            if name in counts.capacities:
-                valid = valid & (count >= 1) & (count <= counts.capacities[name])
+            if name in padding.capacities:
+                valid = valid & (count >= 1) & (count <= padding.capacities[name])
         # A product, unlike a choice, makes the gradients NaN, too.
         factor = jnp.where(valid, 1.0, jnp.nan)
         return jax.tree.map(lambda own: own * factor.astype(own.dtype), value)
