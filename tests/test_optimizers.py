@@ -112,18 +112,12 @@ def test_what_mixes_rows_is_refused(name):
         trace_a_step(optim)
 
 
-def test_a_check_is_one_compilation_and_serves_equal_optimizers():
-    def compiled(rate, size):
-        svi = SubsampleSVI(model, guide, optax.adam(rate), Trace_ELBO(), rowwise=True)
-        state = svi.init(jax.random.key(0), N)
-        with compilations() as found:
-            for _ in range(2):
-                jax.eval_shape(lambda state: svi.update(state, size), state)
-        return len(found)
-
-    assert compiled(0.3, 2) == 1
-    assert compiled(0.3, 2) == 0
-    assert compiled(0.3, 3) == 1
+def test_a_check_compiles_nothing():
+    svi = SubsampleSVI(model, guide, optax.adam(0.3), Trace_ELBO(), rowwise=True)
+    state = svi.init(jax.random.key(0), N)
+    with compilations() as found:
+        jax.eval_shape(lambda state: svi.update(state, 2), state)
+    assert not found
 
 
 def test_a_norm_of_gradients_is_that_of_the_ordinary_step():

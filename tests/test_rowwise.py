@@ -30,7 +30,7 @@ from numpyro.infer.autoguide import (
 )
 from numpyro.optim import Adagrad
 
-from checks import assert_equal
+from checks import assert_close, assert_equal
 from models import CASES, N, X, guide_list, independent
 from numpyro_dynamic_subsample import SubsampleSVI
 
@@ -189,7 +189,10 @@ def test_guides_and_objectives_take_rows(name):
         svi = SubsampleSVI(model, guide(model), optax.sgd(0.05), loss, **options)
         return train(svi, pinned(*ROWS[:3]))
 
-    assert_equal(trained(rowwise=True), trained())
+    check = assert_equal
+    if name == "dims apart":  # XLA lays their rows out otherwise, and rounds so
+        check = partial(assert_close, rtol=1e-6, atol=1e-7)
+    check(trained(rowwise=True), trained())
 
 
 def test_lazy_optimizers_let_other_rows_rest():

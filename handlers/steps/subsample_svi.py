@@ -26,8 +26,9 @@ from ..effect.model_call import pinned_in_model
 from ..effect.plates import Counts, Rows, arguments_for_plates, check_rows
 from .fit import fit as fit_batches
 from .grow import grown
+from .optimizers import check_goes_by_gradients
 from .predict import Request, predict, unpacked
-from .rowwise import RowSteps
+from .rowwise import rowwise_step
 
 
 class SubsampleSVI(SVI):
@@ -134,7 +135,9 @@ class SubsampleSVI(SVI):
         guide = dynamic_subsample(guide, model=model)
         super().__init__(model, guide, optim, loss, **static_kwargs)
         self._rows, self._valid = dict(rows or {}), dict(valid or {})
-        self._row_steps = RowSteps(self) if rowwise else None
+        self._rowwise = rowwise
+        if rowwise:
+            check_goes_by_gradients(self.optim)
         self._programs: dict[Any, Any] = {}
 
     def init(
@@ -272,7 +275,7 @@ class SubsampleSVI(SVI):
                 **kwargs,
             )
 
-        if self._row_steps is None or num_steps < 1:
+        if not self._rowwise or num_steps < 1:
             return run(
                 num_steps,
                 progress_bar=progress_bar,
@@ -577,13 +580,11 @@ class SubsampleSVI(SVI):
         def ordinary(state: SVIState) -> tuple[SVIState, Any]:
             return step(state, *args, **kwargs)
 
-        def evaluate(state: SVIState) -> Any:
-            return SVI.evaluate(self, state, *args, **kwargs)
-
         with self._batch(indices, valid):
-            if self._row_steps is None:
+            if not self._rowwise:
                 return ordinary(svi_state)
-            return self._row_steps(ordinary, evaluate, svi_state, valid)
+            batch = Minibatch(args, kwargs, indices, valid, tuple(valid))
+            return rowwise_step(self, ordinary, svi_state, batch)
 
     def _unpacked(
         self,
