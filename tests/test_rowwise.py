@@ -1,6 +1,7 @@
 """Steps on the batch's rows alone equal NumPyro's ordinary steps."""
 
 import os
+from copy import copy
 from functools import partial
 
 import jax
@@ -28,7 +29,7 @@ from numpyro.infer.autoguide import (
     AutoNormal,
     AutoSemiDAIS,
 )
-from numpyro.optim import Adagrad
+from numpyro.optim import Adagrad, Minimize
 
 from checks import assert_close, assert_equal
 from models import CASES, N, X, guide_list, independent
@@ -218,7 +219,7 @@ def test_lazy_optimizers_let_other_rows_rest():
         assert (value[rows] != start[name][rows]).all()
 
 
-CAPACITY = 5
+CAPACITY = N
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +313,13 @@ def outside(batch):
         numpyro.sample("z", dist.Normal(loc, 1.0))
 
 
+def on_two_axes(batch):
+    with numpyro.plate("n", N, subsample_size=len(batch)):
+        rows = numpyro.param("table", jnp.zeros((N, N)), event_dim=1)
+        columns = numpyro.param("table", jnp.zeros((N, N)), event_dim=0)
+        numpyro.sample("z", dist.Normal(rows.sum(-1) + columns.sum(0), 1.0))
+
+
 def across(batch):
     with numpyro.plate("n", N, subsample_size=len(batch)):
         loc = numpyro.param(
@@ -337,6 +345,11 @@ REFUSED = {
         lambda model: outside,
         "'loc' holds rows of plate 'n' .*outside",
     ),
+    "two axes": (
+        ADAM,
+        lambda model: on_two_axes,
+        r"'table' holds rows of plate 'n' \(size 8\) in axis 0 and in axis 1.*two par",
+    ),
     "constrained across": (
         ADAM,
         lambda model: across,
@@ -356,6 +369,36 @@ def test_what_cannot_be_done_row_by_row_is_an_error(name):
     optim, guide, message = REFUSED[name]
     svi = SubsampleSVI(sliced, guide(sliced), optim, Trace_ELBO(), rowwise=True)
     refused(svi, X, X[:3], message)
+
+
+def test_a_copy_with_another_optimizer_takes_its_steps():
+    first, second = (
+        SubsampleSVI(sliced, AutoNormal(sliced), optim, Trace_ELBO(), rowwise=True)
+        for optim in (optax.sgd(0.01), optax.adagrad(0.1))
+    )
+    train(first, pinned(*ROWS[:2]))
+    changed = copy(first)
+    changed.optim = second.optim
+    assert_equal(train(changed, pinned(*ROWS)), train(second, pinned(*ROWS)))
+    changed.optim = SVI(sliced, first.guide, optax.adafactor(0.1), Trace_ELBO()).optim
+    refused(changed, X, X[:3], "mixes rows of plate 'n'")
+    changed.optim = Minimize()
+    refused(changed, X, X[:3], "Minimize optimises all parameters together")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_rows_may_be_of_a_type_too_narrow_for_the_size(dtype):
+    # Row 3 is there twice, so that a place is left over, which must be no row.
+    rows, size = np.array([5, 3, 3, 100, 0]), 500
+    model = partial(independent, size=size)
+
+    def reached(rows):
+        svi = SubsampleSVI(
+            model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO(), rowwise=True
+        )
+        return train(svi, [((np.ones(5),), {"indices": {"n": rows}})] * 2)
+
+    assert_equal(reached(rows.astype(dtype)), reached(rows))
 
 
 def test_particles_that_draw_rows_are_refused():

@@ -41,6 +41,7 @@ _OF_NUMBERS = {
     "max": np.maximum,
     "min": np.minimum,
     "mul": np.multiply,
+    "ne": np.not_equal,
     "square": np.square,
     "sub": np.subtract,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -57,24 +57,17 @@ def axes_of_leaves(
     """
     found: list[Axes] = [{} for _ in jax.tree.leaves(optim_state)]
     params = jax.eval_shape(optim.get_params, optim_state)
-    for plate, size in sizes.items():
-        rows = _rows(size, counts[plate])
-        more, fewer = (
-            jax.eval_shape(
-                optim.init, _with_rows(params, row_axes, {**sizes, plate: number})
-            )
-            for number in rows
-        )
+    for plate, rows, of_rows in _one_plate_at_a_time(params, row_axes, sizes, counts):
+        more, fewer = (jax.eval_shape(optim.init, own) for own in of_rows)
         if jax.tree.structure(more) != jax.tree.structure(fewer):
-            raise ValueError(_mixes(plate, size))
-        for (path, leaf), other, axes in zip(
-            tree_leaves_with_path(more), jax.tree.leaves(fewer), found, strict=True
-        ):
+            raise ValueError(_mixes(plate, sizes, "its state depends on their number"))
+        leaves = zip(tree_leaves_with_path(more), jax.tree.leaves(fewer), strict=True)
+        for ((path, leaf), other), axes in zip(leaves, found, strict=True):
             axis = axes_of_rows(leaf, other, rows)
             if axis is None:
-                raise ValueError(_mixes(plate, size, path))
-            if axis:
-                (axes[plate],) = axis
+                what = f"its state at {keystr(path)} is not made of single rows"
+                raise ValueError(_mixes(plate, sizes, what))
+            axes.update((plate, own) for own in axis)
     return found
 
 
@@ -111,11 +104,11 @@ def check_rows_are_apart(
     def update(gradients: Any, state: Any, loss: Any) -> Any:
         return optim.update(gradients, state, value=loss)
 
-    def step(numbers: Mapping[str, int]) -> ClosedJaxpr:
-        some = _with_rows(params, row_axes, numbers)
+    def program(params: dict[str, Any]) -> ClosedJaxpr:
+        state = jax.eval_shape(optim.init, params)
         loss = jax.ShapeDtypeStruct((), jnp.result_type(float))
         try:
-            return jax.make_jaxpr(update)(some, jax.eval_shape(optim.init, some), loss)
+            return jax.make_jaxpr(update)(params, state, loss)
         except Exception as error:
             raise ValueError(
                 "The optimizer takes no step from gradients and the loss alone "
@@ -123,19 +116,20 @@ def check_rows_are_apart(
             ) from error
 
     leaves = tree_leaves_with_path(optim_state)
-    for plate, size in sizes.items():
-        rows = _rows(size, counts[plate])
-        programs = (step({**sizes, plate: number}) for number in rows)
+    for plate, rows, of_rows in _one_plate_at_a_time(params, row_axes, sizes, counts):
         known: list[Any] = []
         for name, values in sorted(params.items()):
             elsewhere = 0 if plate in row_axes.get(name, {}) else UNKNOWN
             known += [elsewhere] * len(jax.tree.leaves(values))
         known += [UNKNOWN] * (len(leaves) + 1)
-        for (path, _), result in zip(
-            leaves, follow(*programs, known, rows), strict=True
-        ):
+        results = follow(*map(program, of_rows), known, rows)
+        for (path, _), result in zip(leaves, results, strict=True):
             if result is MIXED:
-                raise ValueError(_mixes(plate, size, path))
+                what = (
+                    f"its new state at {keystr(path)} depends on other rows than those "
+                    "of a batch, as norms of parameters, means over rows and noise do"
+                )
+                raise ValueError(_mixes(plate, sizes, what))
 
 
 def check_goes_by_gradients(optim: Optimizer) -> None:
@@ -154,44 +148,53 @@ def check_goes_by_gradients(optim: Optimizer) -> None:
             )
 
 
-def _rows(size: int, count: int) -> Rows:
-    """Return the numbers of rows to compare, which have to differ."""
-    return Rows(max(size, count + 1), count)
-
-
 def _refuse_accumulation(optim_state: Any) -> None:
     def accumulates(node: Any) -> bool:
-        return type(node).__name__ == "MultiStepsState"
+        return type(node).__name__ in ("MultiStepsState", "ApplyEvery")
 
     if any(map(accumulates, jax.tree.leaves(optim_state, is_leaf=accumulates))):
         raise ValueError(
-            "optax.MultiSteps adds up the gradients of several steps, and would apply "
+            "The optimizer adds up the gradients of several steps, and would apply "
             f"them to the rows of the last one only. {REMEDY}"
         )
 
 
-def _mixes(plate: str, size: int, path: Any = ()) -> str:
-    where = f" at {keystr(path)}" if path else ""
+def _mixes(plate: str, sizes: Mapping[str, int], what: str) -> str:
     return (
-        f"The optimizer mixes rows of plate '{plate}' (size {size}): what its state "
-        f"holds{where} does not belong to one row, or depends on others. {REMEDY}"
+        f"The optimizer mixes rows of plate '{plate}' (size {sizes[plate]}): {what}. "
+        f"{REMEDY}"
     )
 
 
-def _shape(leaf: Any, axes: Axes, counts: Mapping[str, int]) -> tuple[int, ...]:
-    shape = list(leaf.shape)
-    for plate, axis in axes.items():
-        shape[axis] = counts.get(plate, shape[axis])
-    return tuple(shape)
+def _one_plate_at_a_time(
+    params: dict[str, Any],
+    row_axes: Mapping[str, Axes],
+    sizes: Mapping[str, int],
+    counts: Mapping[str, int],
+) -> Iterator[tuple[str, Rows, list[dict[str, Any]]]]:
+    """Yield a plate, numbers of its rows that differ, and parameters with so many.
+
+    Those of the plates before are then as few as in the batch.
+    """
+    numbers = dict(sizes)
+    for plate, count in counts.items():
+        rows = Rows(max(sizes[plate], count + 1), count)
+        yield (
+            plate,
+            rows,
+            [_with_rows(params, row_axes, numbers | {plate: own}) for own in rows],
+        )
+        numbers[plate] = count
 
 
 def _with_rows(
     params: dict[str, Any], row_axes: Mapping[str, Axes], counts: Mapping[str, int]
 ) -> dict[str, Any]:
     """Give abstract parameters other numbers of rows."""
-    return params | {
-        name: jax.ShapeDtypeStruct(
-            _shape(params[name], axes, counts), params[name].dtype
-        )
-        for name, axes in row_axes.items()
-    }
+    changed = {}
+    for name, axes in row_axes.items():
+        shape = list(params[name].shape)
+        for plate, axis in axes.items():
+            shape[axis] = counts[plate]
+        changed[name] = jax.ShapeDtypeStruct(tuple(shape), params[name].dtype)
+    return params | changed
