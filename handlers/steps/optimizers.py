@@ -87,7 +87,7 @@ def check_rows_are_apart(
     Parameters
     ----------
     optim, optim_state, row_axes, sizes, counts
-        As for ``axes_of_leaves``, which has accepted them.
+        As for ``axes_of_leaves``.
 
     Raises
     ------

@@ -187,8 +187,8 @@ def rowwise_step(
     if counts == sizes and not sizes.keys() & batch.valid.keys():
         return step(state)
     of_plates = (svi.optim, state.optim_state, found.axes, sizes, counts)
-    leaf_axes = axes_of_leaves(*of_plates)
     check_rows_are_apart(*of_plates)
+    leaf_axes = axes_of_leaves(*of_plates)
     unique, places = {}, {}
     for plate, size in sizes.items():
         # Row numbers from `size` on, which a narrow type may lack, are padding.
