@@ -202,7 +202,7 @@ def rowwise_step(
     leaves, structure = jax.tree.flatten(state.optim_state)
     indices = [_index(*pair, unique) for pair in zip(leaves, leaf_axes, strict=True)]
     some = [
-        leaf.at[index].get(mode="clip")
+        leaf.at[index].get(mode="clip") if index else leaf
         for leaf, index in zip(leaves, indices, strict=True)
     ]
     small = state._replace(optim_state=jax.tree.unflatten(structure, some))
@@ -216,7 +216,7 @@ def rowwise_step(
             a_real_row, step, lambda small: _nan_like((small, loss)), small
         )
     new = [
-        leaf.at[index].set(own, mode="drop")
+        leaf.at[index].set(own, mode="drop") if index else own
         for leaf, index, own in zip(
             leaves, indices, jax.tree.leaves(small.optim_state), strict=True
         )
@@ -256,7 +256,7 @@ def _nan_like(tree: Any) -> Any:
 
 
 def _index(leaf: jax.Array, axes: Axes, rows: Mapping[str, jax.Array]) -> tuple:
-    """Return the index of rows, each plate's along its axis."""
+    """Return the index of rows, each plate's along its axis; empty without rows."""
     if not axes:
         return ()
     of_axes = {axis: rows[plate] for plate, axis in axes.items()}
