@@ -26,7 +26,7 @@ from ..effect.internals import undone_on_error
 from ..effect.reading import read_plates
 from ..effect.rows import check_size
 from .optimizers import axes_of_leaves
-from .rowwise import RowParams
+from .rowwise import RowAxes
 
 # A step splits the same key into a few; this number gives another one.
 _KEY_OF_NEW_ROWS = 2**30
@@ -56,7 +56,7 @@ def grown(svi: SVI, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> SVI
                 before[part] = internals.initial_values(part)
             internals.forget_first_call(part)
         key = jax.random.fold_in(state.rng_key, _KEY_OF_NEW_ROWS)
-        with RowParams(every_plate=True) as found:
+        with RowAxes(every_plate=True) as found:
             fresh = SVI.init(svi, key, *args, **kwargs)
         optim_state = _with_old_rows(svi, fresh.optim_state, state.optim_state, found)
         for part, values in before.items():
@@ -113,7 +113,7 @@ def _values_of_all_rows(
     return {name: value for name, value in values.items() if of_all_rows(name, value)}
 
 
-def _with_old_rows(svi: SVI, fresh: Any, old: Any, found: RowParams) -> Any:
+def _with_old_rows(svi: SVI, fresh: Any, old: Any, found: RowAxes) -> Any:
     """Copy the old rows of an optimizer's state into a fresh state."""
     if jax.tree.structure(fresh) != jax.tree.structure(old):
         raise ValueError(

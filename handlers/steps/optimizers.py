@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.extend.core import ClosedJaxpr
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from ..effect.internals import Optimizer, compiled
+from ..effect.internals import Optimizer
+from .dataflow import MIXED, UNKNOWN, Rows, axes_of_rows, follow
 
 # By plate, the axis of an array that runs over the plate's rows.
 Axes = dict[str, int]
@@ -30,7 +31,7 @@ def axes_of_leaves(
 ) -> list[Axes]:
     """Learn which leaves of an optimizer's state hold rows, and in which axes.
 
-    They are those that become longer when the parameters do. Nothing is computed but
+    They are those that become shorter when the parameters do. Nothing is computed but
     shapes.
 
     Parameters
@@ -54,27 +55,19 @@ def axes_of_leaves(
     ValueError
         If a leaf depends on the number of rows in another way.
     """
+    found: list[Axes] = [{} for _ in jax.tree.leaves(optim_state)]
     params = jax.eval_shape(optim.get_params, optim_state)
-
-    def leaves_given(rows: Mapping[str, int]) -> list[Any]:
-        return jax.tree.leaves(
-            jax.eval_shape(optim.init, _with_rows(params, row_axes, rows))
-        )
-
-    found: list[Axes] = []
-    longer = {plate: leaves_given({plate: size + 1}) for plate, size in sizes.items()}
-    fewer = leaves_given(counts)
-    for i, (path, leaf) in enumerate(tree_leaves_with_path(optim_state)):
-        axes = {
-            plate: axis
-            for plate, size in sizes.items()
-            for axis in range(leaf.ndim)
-            if leaf.shape[axis] == size
-            and longer[plate][i].shape == _shape(leaf, {plate: axis}, {plate: size + 1})
-        }
-        if fewer[i].shape != _shape(leaf, axes, counts):
-            raise ValueError(_mixes(path, sizes))
-        found.append(axes)
+    for plate, rows, of_rows in _one_plate_at_a_time(params, row_axes, sizes, counts):
+        more, fewer = (jax.eval_shape(optim.init, own) for own in of_rows)
+        if jax.tree.structure(more) != jax.tree.structure(fewer):
+            raise ValueError(_mixes(plate, sizes, "its state depends on their number"))
+        leaves = zip(tree_leaves_with_path(more), jax.tree.leaves(fewer), strict=True)
+        for ((path, leaf), other), axes in zip(leaves, found, strict=True):
+            axis = axes_of_rows(leaf, other, rows)
+            if axis is None:
+                what = f"its state at {keystr(path)} is not made of single rows"
+                raise ValueError(_mixes(plate, sizes, what))
+            axes.update((plate, own) for own in axis)
     return found
 
 
@@ -84,117 +77,124 @@ def check_rows_are_apart(
     row_axes: Mapping[str, Axes],
     sizes: Mapping[str, int],
     counts: Mapping[str, int],
-    leaf_axes: list[Axes],
 ) -> None:
     """Refuse an optimizer whose steps for a batch depend on the other rows.
 
-    It takes a step with made-up values, with and without the other rows. In an ordinary
-    step these have no gradient, so that a norm over all gradients, by which an
+    It is told from the operations of a step, without a computation. In an ordinary step
+    the other rows have no gradient, so that a norm over all gradients, by which an
     optimizer may clip them, is that of the batch.
 
     Parameters
     ----------
     optim, optim_state, row_axes, sizes, counts
         As for ``axes_of_leaves``.
-    leaf_axes : list of dict
-        What that has found.
 
     Raises
     ------
     ValueError
-        If other rows make a difference to those of the batch. If the optimizer needs
-        more than gradients and the loss.
+        If the optimizer needs more than gradients and the loss, or adds up the
+        gradients of several steps. If what it computes for the rows of a batch, or for
+        what has no rows, depends on parameters or state of other rows, or on how many
+        there are.
     """
+    check_goes_by_gradients(optim)
     _refuse_accumulation(optim_state)
-    # Half of the rows are others, so that a mean over rows differs by as much.
-    twice = {plate: 2 * count for plate, count in counts.items()}
     params = jax.eval_shape(optim.get_params, optim_state)
-    params = _with_rows(params, row_axes, twice)
-    draw = np.random.default_rng(0)
 
-    def made_up(scale: float, of_others: float) -> dict[str, Any]:
-        values = jax.tree.map(lambda leaf: scale * draw.normal(size=leaf.shape), params)
-        for name, axes in row_axes.items():
-            for plate, axis in axes.items():
-                others = (slice(None),) * axis + (slice(counts[plate]),)
-                values[name][others] *= of_others
-        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), values, params)
+    def update(gradients: Any, state: Any, loss: Any) -> Any:
+        return optim.update(gradients, state, value=loss)
 
-    def of_batch(leaf: jax.Array, axes: Axes) -> jax.Array:
-        for plate, axis in axes.items():
-            leaf = jax.lax.slice_in_dim(leaf, counts[plate], None, axis=axis)
-        return leaf
+    def program(params: dict[str, Any]) -> ClosedJaxpr:
+        state = jax.eval_shape(optim.init, params)
+        loss = jax.ShapeDtypeStruct((), jnp.result_type(float))
+        try:
+            return jax.make_jaxpr(update)(params, state, loss)
+        except Exception as error:
+            raise ValueError(
+                "The optimizer takes no step from gradients and the loss alone "
+                f"({type(error).__name__}: {error}). Take one that does, as optax.adam."
+            ) from error
 
-    def differs(leaf: jax.Array, of_some: jax.Array, axes: Axes) -> jax.Array:
-        leaf = of_batch(leaf, axes)
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return jnp.any(leaf != of_some)
-        # Rounding may differ; what it is about is much larger.
-        return jnp.any(jnp.abs(leaf - of_some) > 1e-3 * jnp.max(jnp.abs(leaf)))
+    leaves = tree_leaves_with_path(optim_state)
+    for plate, rows, of_rows in _one_plate_at_a_time(params, row_axes, sizes, counts):
+        known: list[Any] = []
+        for name, values in sorted(params.items()):
+            elsewhere = 0 if plate in row_axes.get(name, {}) else UNKNOWN
+            known += [elsewhere] * len(jax.tree.leaves(values))
+        known += [UNKNOWN] * (len(leaves) + 1)
+        results = follow(*map(program, of_rows), known, rows)
+        for (path, _), result in zip(leaves, results, strict=True):
+            if result is MIXED:
+                what = (
+                    f"its new state at {keystr(path)} depends on other rows than those "
+                    "of a batch, as norms of parameters, means over rows and noise do"
+                )
+                raise ValueError(_mixes(plate, sizes, what))
 
-    def mixed(start: Any, before: Any, grads: Any) -> list[jax.Array]:
-        loss = jnp.ones(())
-        # All rows have had gradients, of which the state may keep something.
-        state = optim.update(before, optim.init(start), value=loss)
-        leaves, structure = jax.tree.flatten(state)
-        some = jax.tree.unflatten(structure, map(of_batch, leaves, leaf_axes))
-        state = optim.update(grads, state, value=loss)
-        grads = {n: of_batch(leaf, row_axes.get(n, {})) for n, leaf in grads.items()}
-        some = optim.update(grads, some, value=loss)
-        return list(map(differs, *map(jax.tree.leaves, (state, some)), leaf_axes))
 
-    # A norm over all gradients is that of the batch where other rows have none. It may
-    # clip these, and does not clip small ones.
-    runs = [
-        (made_up(start, 10.0), made_up(size, 10.0), made_up(size, of_others))
-        for start, size, of_others in ((0.0, 1e-6, 10.0), (1.0, 1e3, 0.0))
-    ]
-    try:
-        compare = compiled(mixed, *runs[0])
-    except Exception as error:
-        raise ValueError(
-            "The optimizer takes no step from gradients and the loss alone "
-            f"({type(error).__name__}: {error}). Take one that does, as optax.adam."
-        ) from error
-    found = jax.device_get([compare(*run) for run in runs])
-    for i, (path, _) in enumerate(tree_leaves_with_path(optim_state)):
-        if any(leaves[i] for leaves in found):
-            raise ValueError(_mixes(path, sizes))
+def check_goes_by_gradients(optim: Optimizer) -> None:
+    """Refuse an optimizer that takes no gradients.
+
+    Raises
+    ------
+    ValueError
+        If it evaluates the loss of all parameters by itself, as ``Minimize`` does.
+    """
+    for method in ("eval_and_update", "eval_and_stable_update"):
+        if getattr(type(optim), method) is not getattr(Optimizer, method):
+            raise ValueError(
+                f"{type(optim).__name__} optimises all parameters together, so that "
+                f"its steps cannot be taken row by row. {REMEDY}"
+            )
 
 
 def _refuse_accumulation(optim_state: Any) -> None:
     def accumulates(node: Any) -> bool:
-        return type(node).__name__ == "MultiStepsState"
+        return type(node).__name__ in ("MultiStepsState", "ApplyEvery")
 
     if any(map(accumulates, jax.tree.leaves(optim_state, is_leaf=accumulates))):
         raise ValueError(
-            "optax.MultiSteps adds up the gradients of several steps, and would apply "
+            "The optimizer adds up the gradients of several steps, and would apply "
             f"them to the rows of the last one only. {REMEDY}"
         )
 
 
-def _mixes(path: Any, sizes: Mapping[str, int]) -> str:
-    plates = " and ".join(f"'{plate}' (size {size})" for plate, size in sizes.items())
+def _mixes(plate: str, sizes: Mapping[str, int], what: str) -> str:
     return (
-        f"The optimizer mixes rows of plate {plates}: what its state holds at "
-        f"{keystr(path)} does not belong to one row, or depends on others. {REMEDY}"
+        f"The optimizer mixes rows of plate '{plate}' (size {sizes[plate]}): {what}. "
+        f"{REMEDY}"
     )
 
 
-def _shape(leaf: Any, axes: Axes, counts: Mapping[str, int]) -> tuple[int, ...]:
-    shape = list(leaf.shape)
-    for plate, axis in axes.items():
-        shape[axis] = counts.get(plate, shape[axis])
-    return tuple(shape)
+def _one_plate_at_a_time(
+    params: dict[str, Any],
+    row_axes: Mapping[str, Axes],
+    sizes: Mapping[str, int],
+    counts: Mapping[str, int],
+) -> Iterator[tuple[str, Rows, list[dict[str, Any]]]]:
+    """Yield a plate, numbers of its rows that differ, and parameters with so many.
+
+    Those of the plates before are then as few as in the batch.
+    """
+    numbers = dict(sizes)
+    for plate, count in counts.items():
+        rows = Rows(max(sizes[plate], count + 1), count)
+        yield (
+            plate,
+            rows,
+            [_with_rows(params, row_axes, numbers | {plate: own}) for own in rows],
+        )
+        numbers[plate] = count
 
 
 def _with_rows(
     params: dict[str, Any], row_axes: Mapping[str, Axes], counts: Mapping[str, int]
 ) -> dict[str, Any]:
     """Give abstract parameters other numbers of rows."""
-    return params | {
-        name: jax.ShapeDtypeStruct(
-            _shape(params[name], axes, counts), params[name].dtype
-        )
-        for name, axes in row_axes.items()
-    }
+    changed = {}
+    for name, axes in row_axes.items():
+        shape = list(params[name].shape)
+        for plate, axis in axes.items():
+            shape[axis] = counts[plate]
+        changed[name] = jax.ShapeDtypeStruct(tuple(shape), params[name].dtype)
+    return params | changed

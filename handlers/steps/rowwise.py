@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,14 +12,15 @@ from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO
 from numpyro.infer.svi import SVIState
 
+from ..batches.minibatch import Minibatch
 from ..effect.guides import joint_over
-from ..effect.internals import Handler, Optimizer
-from ..effect.rows import Counts, all_in_order
-from .optimizers import REMEDY, Axes, axes_of_leaves, check_rows_are_apart
+from ..effect.internals import Handler
+from ..effect.rows import all_in_order
+from .optimizers import Axes, axes_of_leaves, check_rows_are_apart
 
 
-class RowParams(Handler):
-    """Learns, while a loss is computed, which parameters hold the rows of plates.
+class RowAxes(Handler):
+    """Learns, while a loss is computed, in which axes parameters hold rows of plates.
 
     Parameters
     ----------
@@ -77,11 +77,18 @@ class RowParams(Handler):
         name = msg["name"]
         axes = self._axes(msg)
         before = self._seen.setdefault(name, axes)
-        for plate in set() if self._every_plate else before.keys() ^ axes.keys():
+        if before != axes and not self._every_plate:
+            (plate, axis), *_ = before.items() ^ axes.items()
+            if plate in before and plate in axes:
+                what = f"in axis {before[plate]} and in axis {axes[plate]}"
+                remedy = "Make two parameters of it"
+            else:
+                what = f"in axis {axis}, and is read outside of the plate too"
+                remedy = "Read it inside the plate only"
             raise ValueError(
                 f"Parameter '{name}' holds rows of plate '{plate}' (size "
-                f"{self.sizes[plate]}) and is read outside of it too, where all rows "
-                "are wanted. Read it inside the plate only, or leave rowwise out."
+                f"{self.sizes[plate]}) {what}, so that the rows of a batch are not all "
+                f"that a step changes. {remedy}, or leave rowwise out."
             )
         if axes:
             self.axes[name] = axes
@@ -111,8 +118,18 @@ class RowParams(Handler):
         return axes
 
 
-class _ParamsOfTheseRows(Handler):
-    """Hands out parameters that hold the batch's rows only, each of them once."""
+class _TakeFromUnique(Handler):
+    """Takes the rows of a batch from parameters that hold each of them once.
+
+    It stands outside of the plates, whose turn comes later.
+
+    Parameters
+    ----------
+    axes : dict of str to dict
+        For each parameter with rows, the axes of the plates.
+    places : dict of str to jax.Array
+        For each plate, where the parameters hold the rows of the batch.
+    """
 
     def __init__(self, axes: Mapping[str, Axes], places: Mapping[str, jax.Array]):
         super().__init__()
@@ -124,129 +141,110 @@ class _ParamsOfTheseRows(Handler):
             return
         for plate, axis in self._axes[msg["name"]].items():
             msg["value"] = jnp.take(msg["value"], self._places[plate], axis)
-        # The plates, whose turn comes later, then find nothing to take.
+        # The plates then find nothing to take.
         msg["kwargs"] = {**msg["kwargs"], "event_dim": None}
 
 
-class RowSteps:
-    """Takes steps on those rows of parameters and optimizer state that a batch needs.
+def rowwise_step(
+    svi: SVI,
+    step: Callable[[SVIState], tuple[SVIState, Any]],
+    state: SVIState,
+    batch: Minibatch,
+) -> tuple[SVIState, Any]:
+    """Take a step on the rows of parameters and optimizer state that a batch needs.
+
+    It runs within the handlers of a step.
 
     Parameters
     ----------
     svi : numpyro.infer.SVI
-        Whose steps these are.
+        Whose step it is.
+    step : callable
+        The ordinary step on the batch, a function of the state.
+    state : SVIState
+        The state, with all rows.
+    batch : Minibatch
+        The batch. The loss of it is computed once more for what that tells of the
+        parameters; in a compiled step nothing of it remains but the draw of the rows.
+
+    Returns
+    -------
+    state : SVIState
+        The state after the step. The other rows are as they were.
+    loss : jax.Array
+        The loss.
 
     Raises
     ------
     ValueError
-        If the optimizer does not go by gradients alone.
+        If the rows cannot be updated by themselves.
     """
+    with RowAxes() as found, substitute(data=state.mutable_state or {}):
+        loss = SVI.evaluate(svi, state, *batch.args, **batch.kwargs)
+    _check_rows_can_be_found(svi, found)
+    sizes = {plate: found.sizes[plate] for plate in found.plates()}
+    counts = {plate: len(found.rows[plate]) for plate in sizes}
+    if counts == sizes and not sizes.keys() & batch.valid.keys():
+        return step(state)
+    of_plates = (svi.optim, state.optim_state, found.axes, sizes, counts)
+    check_rows_are_apart(*of_plates)
+    leaf_axes = axes_of_leaves(*of_plates)
+    unique, places = {}, {}
+    for plate, size in sizes.items():
+        rows = found.rows[plate]
+        if plate in batch.valid:
+            # Row numbers from `size` on are padding.
+            rows = jnp.where(jnp.arange(len(rows)) < batch.valid[plate], rows, size)
+        # Once each, so that the gradients of a row that is there twice add up.
+        unique[plate], places[plate] = jnp.unique(
+            rows, return_inverse=True, size=len(rows), fill_value=size
+        )
+    leaves, structure = jax.tree.flatten(state.optim_state)
+    indices = [_index(*pair, unique) for pair in zip(leaves, leaf_axes, strict=True)]
+    some = [
+        leaf.at[index].get(mode="clip") if index else leaf
+        for leaf, index in zip(leaves, indices, strict=True)
+    ]
+    small = state._replace(optim_state=jax.tree.unflatten(structure, some))
+    drawn = {plate: found.rows[plate] for plate in found.drawn.intersection(sizes)}
+    a_real_row = jnp.any(jnp.array([unique[p][0] < n for p, n in sizes.items()]))
+    with substitute(data=drawn), _TakeFromUnique(found.axes, places):
+        # A branch is compiled apart from the taking and putting of rows, and so to the
+        # last bit as the ordinary step is. Fused with them, it could round otherwise.
+        # (A batch in which no row is real is invalid.)
+        small, loss = jax.lax.cond(
+            a_real_row, step, lambda small: _nan_like((small, loss)), small
+        )
+    new = [
+        leaf.at[index].set(own, mode="drop") if index else own
+        for leaf, index, own in zip(
+            leaves, indices, jax.tree.leaves(small.optim_state), strict=True
+        )
+    ]
+    return small._replace(optim_state=jax.tree.unflatten(structure, new)), loss
 
-    def __init__(self, svi: SVI) -> None:
-        optim = type(svi.optim)
-        for method in ("eval_and_update", "eval_and_stable_update"):
-            if getattr(optim, method) is not getattr(Optimizer, method):
-                raise ValueError(
-                    f"{optim.__name__} optimises all parameters together, so that its "
-                    f"steps cannot be taken row by row. {REMEDY}"
-                )
-        self._svi = svi
-        self._checked = False
 
-    def __call__(
-        self,
-        step: Callable[[SVIState], tuple[SVIState, Any]],
-        evaluate: Callable[[SVIState], Any],
-        state: SVIState,
-        valid: Counts,
-    ) -> tuple[SVIState, Any]:
-        """Take one step.
-
-        Parameters
-        ----------
-        step : callable
-            The ordinary step, a function of the state.
-        evaluate : callable
-            Gives the loss that the step lowers, with the same random key, also a
-            function of the state. It is run for what it tells of the parameters;
-            in a compiled step nothing of it remains but the draw of the rows.
-        state : SVIState
-            The state, with all rows.
-        valid : dict of str to int
-            For some plates, how many of their rows, the first ones, are real.
-
-        Returns
-        -------
-        state : SVIState
-            The state after the step. The other rows are as they were.
-        loss : jax.Array
-            The loss.
-
-        Raises
-        ------
-        ValueError
-            If the rows cannot be updated by themselves.
-        """
-        found = RowParams()
-        with found, substitute(data=state.mutable_state or {}):
-            loss = evaluate(state)
-        self._check_rows_can_be_found(found)
-        sizes = {plate: found.sizes[plate] for plate in found.plates()}
-        counts = {plate: len(found.rows[plate]) for plate in sizes}
-        if counts == sizes:
-            return step(state)
-        of_plates = (state.optim_state, found.axes, sizes, counts)
-        leaf_axes = axes_of_leaves(self._svi.optim, *of_plates)
-        if not self._checked:
-            check_rows_are_apart(self._svi.optim, *of_plates, leaf_axes)
-            self._checked = True
-        unique, places = {}, {}
-        for plate, size in sizes.items():
-            rows = found.rows[plate]
-            if plate in valid:
-                # Row numbers from `size` on are padding, which is not written back.
-                rows = jnp.where(jnp.arange(len(rows)) < valid[plate], rows, size)
-            # Once each, so that the gradients of a row that is there twice add up.
-            unique[plate], places[plate] = jnp.unique(
-                rows, return_inverse=True, size=len(rows), fill_value=size
-            )
-        leaves, structure = jax.tree.flatten(state.optim_state)
-        some = map(partial(_take, rows=unique), leaves, leaf_axes)
-        small = state._replace(optim_state=jax.tree.unflatten(structure, some))
-        drawn = {p: found.rows[p] for p in found.drawn.intersection(sizes)}
-        a_real_row = jnp.any(jnp.array([unique[p][0] < n for p, n in sizes.items()]))
-        with substitute(data=drawn), _ParamsOfTheseRows(found.axes, places):
-            # A branch is compiled apart from the taking and putting of rows, and so to
-            # the last bit as the ordinary step is. Fused with them, it could round
-            # otherwise. (A batch in which no row is real is invalid.)
-            small, loss = jax.lax.cond(
-                a_real_row, step, lambda small: _nan_like((small, loss)), small
-            )
-        some = jax.tree.leaves(small.optim_state)
-        new = map(partial(_put, rows=unique), leaves, leaf_axes, some)
-        return small._replace(optim_state=jax.tree.unflatten(structure, new)), loss
-
-    def _check_rows_can_be_found(self, found: RowParams) -> None:
-        for plate, rows in found.rows.items():
-            size = found.sizes[plate]
-            joint = joint_over(self._svi.guide, plate)
-            if joint is not None and len(rows) < size:
-                name = joint.__class__.__name__
-                raise ValueError(
-                    f"{name} is one joint distribution over all rows of plate "
-                    f"'{plate}' (size {size}), so that a step cannot be that of the "
-                    f"{len(rows)} rows of a batch alone. Use AutoNormal, or leave "
-                    "rowwise out."
-                )
-        loss = self._svi.loss
-        if isinstance(loss, RenyiELBO) or getattr(loss, "num_particles", 1) == 1:
-            return
-        for plate in found.drawn.intersection(found.plates()):
+def _check_rows_can_be_found(svi: SVI, found: RowAxes) -> None:
+    for plate, rows in found.rows.items():
+        size = found.sizes[plate]
+        joint = joint_over(svi.guide, plate)
+        if joint is not None and len(rows) < size:
+            name = joint.__class__.__name__
             raise ValueError(
-                f"Each of the {loss.num_particles} particles draws rows of its own "
-                f"from plate '{plate}' (size {found.sizes[plate]}), and rowwise needs "
-                f"those of one batch. Pin them: indices={{'{plate}': rows}}."
+                f"{name} is one joint distribution over all rows of plate "
+                f"'{plate}' (size {size}), so that a step cannot be that of the "
+                f"{len(rows)} rows of a batch alone. Use AutoNormal, or leave "
+                "rowwise out."
             )
+    loss = svi.loss
+    if isinstance(loss, RenyiELBO) or getattr(loss, "num_particles", 1) == 1:
+        return
+    for plate in found.drawn.intersection(found.plates()):
+        raise ValueError(
+            f"Each of the {loss.num_particles} particles draws rows of its own "
+            f"from plate '{plate}' (size {found.sizes[plate]}), and rowwise needs "
+            f"those of one batch. Pin them: minibatch(..., rows={{'{plate}': rows}})."
+        )
 
 
 def _nan_like(tree: Any) -> Any:
@@ -258,47 +256,13 @@ def _nan_like(tree: Any) -> Any:
 
 
 def _index(leaf: jax.Array, axes: Axes, rows: Mapping[str, jax.Array]) -> tuple:
-    index: list[Any] = [slice(None)] * leaf.ndim
-    plates = sorted(axes, key=axes.__getitem__)
-    for plate, along in zip(
-        plates, jnp.ix_(*[rows[plate] for plate in plates]), strict=True
-    ):
-        index[axes[plate]] = along
-    return tuple(index)
-
-
-def _take(leaf: jax.Array, axes: Axes, *, rows: Mapping[str, jax.Array]) -> jax.Array:
-    """Take rows of a leaf, each plate's along its axis.
-
-    A row number from the plate's size on is padding. The first row is taken there.
-    """
+    """Return the index of rows, each plate's along its axis; empty without rows."""
     if not axes:
-        return leaf
-    real = {
-        plate: jnp.where(rows[plate] < leaf.shape[axis], rows[plate], rows[plate][0])
-        for plate, axis in axes.items()
-    }
-    some = leaf[_index(leaf, axes, real)]
-    if _are_apart(axes):
-        some = jnp.moveaxis(some, range(len(axes)), sorted(axes.values()))
-    return some
-
-
-def _put(
-    leaf: jax.Array,
-    axes: Axes,
-    some: jax.Array,
-    *,
-    rows: Mapping[str, jax.Array],
-) -> jax.Array:
-    """Write rows of a leaf back, but no padding."""
-    if not axes:
-        return some
-    if _are_apart(axes):
-        some = jnp.moveaxis(some, sorted(axes.values()), range(len(axes)))
-    return leaf.at[_index(leaf, axes, rows)].set(some, mode="drop")
-
-
-def _are_apart(axes: Axes) -> bool:
-    """Tell whether indexing puts these axes in front of all others."""
-    return max(axes.values()) - min(axes.values()) >= len(axes)
+        return ()
+    of_axes = {axis: rows[plate] for plate, axis in axes.items()}
+    first, last = min(of_axes), max(of_axes)
+    # Arrays that stand next to each other leave all axes where they are.
+    between = [
+        of_axes.get(i, jnp.arange(leaf.shape[i])) for i in range(first, last + 1)
+    ]
+    return (slice(None),) * first + jnp.ix_(*between)

@@ -22,7 +22,8 @@ from ..effect.internals import Tracer
 from ..effect.pin_rows import substitute_rows
 from .fit import fit
 from .grow import grown
-from .rowwise import RowSteps
+from .optimizers import check_goes_by_gradients
+from .rowwise import rowwise_step
 
 
 class SubsampleSVI(SVI):
@@ -119,7 +120,9 @@ class SubsampleSVI(SVI):
     ) -> None:
         guide = dynamic_subsample(guide, model=model)
         super().__init__(model, guide, optim, loss, **static_kwargs)
-        self._row_steps = RowSteps(self) if rowwise else None
+        if rowwise:
+            check_goes_by_gradients(self.optim)
+        self._rowwise = rowwise
 
     def init(
         self,
@@ -298,13 +301,10 @@ class SubsampleSVI(SVI):
         def ordinary(state: SVIState) -> tuple[SVIState, Any]:
             return step(state, *batch.args, **options, **batch.kwargs)
 
-        def evaluate(state: SVIState) -> Any:
-            return SVI.evaluate(self, state, *batch.args, **batch.kwargs)
-
         with self._on(batch):
-            if self._row_steps is None:
-                return ordinary(svi_state)
-            return self._row_steps(ordinary, evaluate, svi_state, batch.valid)
+            if self._rowwise:
+                return rowwise_step(self, ordinary, svi_state, batch)
+            return ordinary(svi_state)
 
     def _unpacked(self, args: tuple, kwargs: dict[str, Any]) -> Minibatch:
         """Return the batch that a method is given in either way."""
