@@ -3,7 +3,7 @@
 from importlib.metadata import version as _version
 
 from .batches.minibatch import Minibatch, minibatch
-from .batches.padding import pad_minibatch, valid_rows
+from .batches.padding import valid_rows
 from .effect.alignment import MisalignedSubsampleWarning, UnscaledSubsampleWarning
 from .effect.dynamic_subsample import dynamic_subsample
 from .steps.subsample_svi import SubsampleSVI
@@ -15,7 +15,6 @@ __all__ = [
     "UnscaledSubsampleWarning",
     "dynamic_subsample",
     "minibatch",
-    "pad_minibatch",
     "valid_rows",
 ]
 

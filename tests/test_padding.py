@@ -1,6 +1,4 @@
-"""Padding itself, and the handler that lets only the valid rows count."""
-
-from typing import NamedTuple
+"""The handler that lets only the valid rows count."""
 
 import jax
 import jax.numpy as jnp
@@ -13,81 +11,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import log_density
 
-from checks import compilations
-from numpyro_dynamic_subsample import pad_minibatch
 from numpyro_dynamic_subsample.batches.padding import valid_rows
-
-
-class Batch(NamedTuple):
-    x: object
-    rest: dict
-
-
-def test_tree_is_padded_with_its_last_row():
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = np.arange(6.0).reshape(3, 2)
-    batch = Batch(x, {"rows": jnp.array([4, 1, 7]), "none": None, "keys": keys})
-    padded, count = pad_minibatch(batch, capacity=5)
-    assert count == 3
-    assert isinstance(padded, Batch)
-    assert type(padded.x) is np.ndarray
-    assert padded.x.dtype == x.dtype
-    np.testing.assert_array_equal(padded.x[:3], x)
-    np.testing.assert_array_equal(padded.x[3:], x[[2, 2]])
-    assert isinstance(padded.rest["rows"], jax.Array)
-    np.testing.assert_array_equal(padded.rest["rows"], [4, 1, 7, 7, 7])
-    assert padded.rest["none"] is None
-    assert (padded.rest["keys"][3:] == keys[2]).all()
-
-
-@pytest.mark.parametrize(
-    ("count", "capacity"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16)]
-)
-def test_default_capacity(count, capacity):
-    padded, valid = pad_minibatch(np.zeros((count, 2)))
-    assert padded.shape == (capacity, 2)
-    assert valid == count
-
-
-def test_padding_inside_of_jit():
-    padded = jax.jit(lambda x: pad_minibatch(x, 4)[0])(jnp.array([1, 2, 3]))
-    np.testing.assert_array_equal(padded, [1, 2, 3, 3])
-
-
-def test_padding_jax_arrays_compiles_nothing_for_a_new_size():
-    batches = [jnp.asarray(np.zeros(size)) for size in range(21, 31)]
-    pad_minibatch(batches.pop(), capacity=37)
-    with compilations("compile") as compiled:
-        for x in batches:
-            pad_minibatch(x, capacity=37)
-        assert compiled == []
-        batches[0][np.arange(39) % 3].block_until_ready()
-        assert compiled
-
-
-X = np.zeros(3)
-BATCHES = {
-    "no arrays": ({}, None, "no row to repeat"),
-    "no rows": ((X[:0], X[:0]), None, r"no row to repeat.*'batch\[0\]': 0"),
-    "unequal": (
-        {"x": X, "y": np.zeros(4)},
-        None,
-        r"'batch\['x'\]': 3.*'batch\['y'\]': 4|\[.x.\].*3.*\[.y.\].*4",
-    ),
-    "scalar": ((X, 2), None, r"batch\[1\] is 2, which has no leading axis"),
-    "array scalar": ((X, np.array(2)), None, r"batch\[1\] is array\(2\)"),
-    "list": ([1, 2], None, r"batch\[0\] is 1"),
-    "too small": (X, 2, "has 3 rows, more than the capacity of 2"),
-}
-
-
-@pytest.mark.parametrize(
-    ("batch", "capacity", "message"), BATCHES.values(), ids=BATCHES
-)
-def test_batches_that_cannot_be_padded(batch, capacity, message):
-    with pytest.raises(ValueError, match=message):
-        pad_minibatch(batch, capacity)
-
 
 N = 8
 Y = jnp.asarray(np.random.default_rng(0).normal(size=(N, 3)))

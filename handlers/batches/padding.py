@@ -1,4 +1,4 @@
-"""Pad batches to one capacity, and count only the rows that are real."""
+"""Count only the rows of a batch that are real, not its padding."""
 
 from __future__ import annotations
 
@@ -8,122 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 from jax.typing import ArrayLike
 from numpyro.distributions import MaskedDistribution
 
 from ..effect import internals
 from ..effect.internals import CondIndepStackFrame, Handler, Tracer
-
-
-def pad_minibatch(batch: Any, capacity: int | None = None) -> tuple[Any, int]:
-    """Pad every array of a batch along its leading axis, by repeating its last row.
-
-    Parameters
-    ----------
-    batch : pytree of arrays
-        Arrays of shapes ``(count, ...)``, all with the same ``count``; indices of a
-        plate's rows can be among them.
-    capacity : int, optional
-        How many rows to pad to; by default the next power of two. A plate cannot take
-        more rows than it has, so with batches nearly as large as the plate, give a
-        capacity of at most its size.
-
-    Returns
-    -------
-    padded : pytree of arrays
-        The same tree with arrays of shapes ``(capacity, ...)``. NumPy arrays stay
-        NumPy arrays, and JAX arrays JAX arrays.
-    count : int
-        How many rows, the first ones, are those of `batch`.
-
-    Raises
-    ------
-    ValueError
-        If `batch` holds no array or no row, if its arrays differ in their leading
-        axis or lack one, or if `capacity` is smaller than their number of rows.
-
-    Notes
-    -----
-    JAX arrays are padded on the host, where a size that is new compiles nothing.
-
-    Examples
-    --------
-    >>> (x, rows), n = pad_minibatch((X[rows], rows), capacity=256)
-    >>> state, loss = step(state, x, indices={"n": rows}, valid={"n": n})
-    """
-    leaves, structure = tree_flatten_with_path(batch)
-    arrays = {f"batch{keystr(path)}": leaf for path, leaf in leaves}
-    for label, leaf in arrays.items():
-        arrays[label] = as_array(label, leaf)
-        if not arrays[label].ndim:
-            raise ValueError(
-                f"{label} is {leaf!r}, which has no leading axis to pad. Give arrays "
-                "with one row per row of the batch, and pass what all rows share to "
-                "the step itself."
-            )
-    lengths = {label: len(array) for label, array in arrays.items()}
-    if not lengths or min(lengths.values()) < 1:
-        raise ValueError(
-            f"The batch has no row to repeat; the leading axes are {lengths}. Skip the "
-            "steps that have none."
-        )
-    if len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"All arrays of a batch must have one and the same leading axis, but "
-            f"theirs are {lengths}. Pad what belongs to different plates separately."
-        )
-    count = next(iter(lengths.values()))
-    if capacity is None:
-        capacity = 1 << (count - 1).bit_length()
-    capacity = checked_capacity(capacity, count)
-    padded = [repeat_last_row(array, capacity) for array in arrays.values()]
-    return tree_unflatten(structure, padded), count
-
-
-def checked_capacity(capacity: Any, count: int, of_plate: str = "") -> int:
-    """Return the capacity, unless a batch of `count` rows cannot be padded to it."""
-    if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer):
-        raise ValueError(
-            f"The capacity{of_plate} must be a whole number, not {capacity!r}."
-        )
-    if capacity < count:
-        raise ValueError(
-            f"The batch has {count} rows{of_plate}, more than the capacity of "
-            f"{capacity}. Give a capacity of at least that of the largest batch."
-        )
-    return int(capacity)
-
-
-def as_array(label: str, leaf: Any) -> np.ndarray | jax.Array:
-    """Take a leaf as an array of numbers."""
-    try:
-        array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    # Their type depends on the library that made the leaf.
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"NumPy cannot take {label} as an array: {error}") from error
-    numbers = (np.number, np.bool_, jax.dtypes.extended)
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in numbers):
-        raise ValueError(
-            f"{label} is of type {type(leaf).__name__} and holds {array.dtype}, but a "
-            "step takes numbers only. Encode it as numbers, or give the model what is "
-            "the same in all batches with functools.partial."
-        )
-    return array
-
-
-def repeat_last_row(
-    array: np.ndarray | jax.Array, capacity: int
-) -> np.ndarray | jax.Array:
-    """Pad an array of shape ``(count, ...)`` to ``(capacity, ...)``."""
-    rows = np.minimum(np.arange(capacity), len(array) - 1)
-    if (
-        isinstance(array, np.ndarray | Tracer)
-        # Typed keys have no NumPy form.
-        or jnp.issubdtype(array.dtype, jax.dtypes.extended)
-    ):
-        return array[rows]
-    return jnp.asarray(np.asarray(array)[rows])
 
 
 class valid_rows(Handler):
@@ -158,7 +47,7 @@ class valid_rows(Handler):
     -----
     Padded observations may hold anything, NaN too: they are replaced by the first
     row's. All else that the model reads must be finite in padded rows, best a copy of
-    a real row as ``pad_minibatch`` makes it, because in a gradient zero times NaN is
+    a real row as ``minibatch`` makes it, because in a gradient zero times NaN is
     NaN. What model or guide compute across rows by themselves, as the mean of a
     batch, includes the padded ones.
 

@@ -611,7 +611,7 @@ class SubsampleSVI(SVI):
             args, kwargs, indices, valid = (
                 batch.args,
                 batch.kwargs,
-                batch.indices,
+                batch.pinned,
                 batch.valid,
             )
         given = args, {**kwargs, **self.static_kwargs}
