@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -88,7 +88,7 @@ def _parts_with_keys(batch: Minibatch) -> tuple[tuple, tuple[str, ...]]:
     return tuple(zip(names, parts, strict=True)), padded
 
 
-def _joined(padded: tuple[str, ...], parts: tuple) -> Minibatch:
+def _joined(padded: tuple[str, ...], parts: Iterable[Any]) -> Minibatch:
     args, kwargs, rows, counts = parts
 
     def is_static(tree: Any) -> bool:
@@ -190,6 +190,18 @@ def minibatch(
 
     For groups, each with all of its members, see ``RaggedGroups``.
     """
+    return batch_of(args, kwargs, rows, along, capacity, size)
+
+
+def batch_of(
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    rows: Mapping[str, Any],
+    along: Mapping[str, Any] | None,
+    capacity: Any,
+    size: Any,
+) -> Minibatch:
+    """Make a batch, for arguments of the model of any name: see ``minibatch``."""
     if not isinstance(rows, Mapping):
         raise ValueError(
             "rows must be a dict with plates for keys, such as {'people': rows}, not "
@@ -201,11 +213,11 @@ def minibatch(
     capacities = _by_plate("capacity", capacity, lengths)
     sizes = _by_plate("size", size, rows)
 
-    pinned = {}
+    pinned: dict[str, Any] = {}
     for plate, own in rows.items():
-        pinned[plate] = None if own is None else _rows(plate, own, sizes.get(plate))
+        pinned[plate] = None if own is None else as_rows(plate, own, sizes.get(plate))
         if own is not None:
-            lengths[plate].append((lambda: "rows", len(pinned[plate])))
+            lengths[plate].append((lambda: "rows", pinned[plate].shape[0]))
 
     axes = _axes(arguments, rows, along)
     trees = tuple(arguments.values())
@@ -261,7 +273,7 @@ def as_minibatch(item: Any) -> Minibatch:
     return Minibatch(jax.tree.unflatten(structure, leaves), {}, {}, {}, padded=())
 
 
-def as_leaf(given: Any, label: Label) -> np.ndarray | jax.Array | bool | str:
+def as_leaf(given: Any, label: Label) -> Any:
     """Take a leaf as an array of numbers, or as it is."""
     if isinstance(given, STATIC):
         return given
@@ -278,7 +290,7 @@ def as_leaf(given: Any, label: Label) -> np.ndarray | jax.Array | bool | str:
         raise ValueError(f"NumPy cannot take {label()} as an array: {error}") from error
     kind = getattr(array.dtype, "kind", "")  # keys have none
     if kind in ("i", "u"):
-        if array.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
+        if array.dtype.itemsize == 8 and integer_type() is np.int32:
             _check_fit(array, np.int32 if kind == "i" else np.uint32, label)
     elif kind not in ("f", "b", "c") and not any(
         jnp.issubdtype(array.dtype, kind) for kind in (np.number, jax.dtypes.extended)
@@ -293,7 +305,7 @@ def as_leaf(given: Any, label: Label) -> np.ndarray | jax.Array | bool | str:
 
 def integer_type() -> type[np.signedinteger]:
     """Return JAX's integer type."""
-    return np.int64 if jax.config.jax_enable_x64 else np.int32
+    return jax.dtypes.canonicalize_dtype(int).type
 
 
 def _check_fit(array: np.ndarray | jax.Array, dtype: Any, label: Label) -> None:
@@ -309,7 +321,7 @@ def _check_fit(array: np.ndarray | jax.Array, dtype: Any, label: Label) -> None:
             )
 
 
-def _rows(plate: str, given: Any, size: int | None) -> np.ndarray | jax.Array:
+def as_rows(plate: str, given: Any, size: int | None) -> np.ndarray | jax.Array:
     """Take the rows of a plate in JAX's integer type."""
 
     def label() -> str:
