@@ -52,6 +52,8 @@ class RaggedGroups:
         The number of groups.
     counts : array of shape (size,)
         The number of members of each group.
+    members, groups : dict of str to numpy.ndarray
+        The arrays, in the order in which they were given.
     labels : array of shape (size,) or None
         The label of each group. None if `group` holds rows.
 
@@ -105,13 +107,13 @@ class RaggedGroups:
         size: int | None = None,
     ) -> None:
         self._plates, self._names = plates, (position, count, rows)
-        self._members = _columns("members", members)
-        self._groups = _columns("groups", groups or {})
-        names = [*self._members, *self._groups, position, count, rows]
+        self.members = _columns("members", members)
+        self.groups = _columns("groups", groups or {})
+        names = [*self.members, *self.groups, position, count, rows]
         if twice := sorted({n for n in names if n is not None and names.count(n) > 1}):
             raise ValueError(f"Several arguments of the model are called {twice}.")
         own, self.labels = _rows_and_labels(np.asarray(group), labels)
-        for name, column in self._members.items():
+        for name, column in self.members.items():
             if len(column) != len(own):
                 raise ValueError(
                     f"group has {len(own)} members, but members[{name!r}] has "
@@ -162,10 +164,10 @@ class RaggedGroups:
         places = np.repeat(self._starts[rows] - ends + counts, counts)
         places = self._order[places + np.arange(len(places))]
         arguments = {
-            **{name: column[rows] for name, column in self._groups.items()},
+            **{name: column[rows] for name, column in self.groups.items()},
             count: len(rows),
             position: np.arange(len(rows), dtype=integer_type()).repeat(counts),
-            **{name: column[places] for name, column in self._members.items()},
+            **{name: column[places] for name, column in self.members.items()},
         }
         if own_rows is not None:
             arguments[own_rows] = rows
@@ -175,7 +177,7 @@ class RaggedGroups:
             (),
             arguments | others,
             {of_groups: rows},
-            {of_members: (position, *self._members)},
+            {of_members: (position, *self.members)},
             capacity,
             {of_groups: self.size},
         )
@@ -205,7 +207,7 @@ class RaggedGroups:
 
     def _size(self, own: np.ndarray, size: int | None) -> int:
         """Return the number of groups, on which all that tells it agrees."""
-        told = {f"groups[{name!r}]": len(c) for name, c in self._groups.items()}
+        told = {f"groups[{name!r}]": len(c) for name, c in self.groups.items()}
         if self.labels is not None:
             told["labels"] = len(self.labels)
         if size is not None:
