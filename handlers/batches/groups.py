@@ -112,6 +112,8 @@ class RaggedGroups:
         names = [*self.members, *self.groups, position, count, rows]
         if twice := sorted({n for n in names if n is not None and names.count(n) > 1}):
             raise ValueError(f"Several arguments of the model are called {twice}.")
+        if isinstance(group, np.ma.MaskedArray):
+            raise ValueError("group is a masked array. Leave out what is masked.")
         own, self.labels = _rows_and_labels(np.asarray(group), labels)
         for name, column in self.members.items():
             if len(column) != len(own):
@@ -199,10 +201,14 @@ class RaggedGroups:
             By plate, for the `capacity` of a call.
         """
         if isinstance(batches, int | np.integer):
+            if batches < 1:
+                raise ValueError(f"A batch holds at least 1 group, not {batches}.")
             largest = np.sort(self.counts)[::-1][:batches]
             sizes = [(len(largest), int(largest.sum()))]
         else:
             sizes = [(len(own), int(self.counts[own].sum())) for own in batches]
+            if not sizes:
+                raise ValueError("There is no batch to make room for.")
         return dict(zip(self._plates, map(max, zip(*sizes, strict=True)), strict=True))
 
     def _size(self, own: np.ndarray, size: int | None) -> int:
@@ -222,8 +228,8 @@ class RaggedGroups:
                 "members without a group; where the numbers are labels, give labels=, "
                 "such as np.unique(group)."
             )
-        # There are no more groups than members here, unless one has none.
-        if not told and (size > len(own) or len(set(own.tolist())) < size):
+        # Labels may be too large to be counted.
+        if not told and (size > len(own) or not np.bincount(own).all()):
             raise ValueError(
                 f"group runs from {low} to {high}, but some of these groups have no "
                 f"member. If they exist, give size={size} or more; if the numbers are "
