@@ -78,10 +78,10 @@ def test_public_names():
     assert sorted(numpyro_dynamic_subsample.__all__) == [
         "Minibatch",
         "MisalignedSubsampleWarning",
+        "RaggedGroups",
         "SubsampleSVI",
         "UnscaledSubsampleWarning",
         "dynamic_subsample",
         "minibatch",
-        "pad_minibatch",
         "valid_rows",
     ]

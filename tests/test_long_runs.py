@@ -14,7 +14,7 @@ from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from numpyro.primitives import _PYRO_STACK
 
 from models import hierarchy
-from numpyro_dynamic_subsample import SubsampleSVI, pad_minibatch
+from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 
 ROWS = 100
 DATA = np.linspace(-1, 1, ROWS, dtype="float32")
@@ -39,23 +39,24 @@ def steps():
     some = []
     for size in draw.integers(1, 9, 1000):
         rows = draw.choice(ROWS, size, replace=False)
-        (batch, rows), count = pad_minibatch((DATA[rows], rows))
-        some.append((batch, {"rows": rows}, {"rows": count}))
+        some.append(
+            minibatch(DATA[rows], rows={"rows": rows}, capacity="powers of two")
+        )
     return cycle(some)
 
 
 def test_many_steps():
     svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.01), Trace_ELBO())
-    state = svi.init(jax.random.key(0), DATA[:3], indices={"rows": np.arange(3)})
+    state = svi.init(jax.random.key(0), next(steps()))
     traced, kept = [], []
 
-    def update(state, batch, indices, valid):
-        traced.append(len(batch))
-        return svi.update(state, batch, indices=indices, valid=valid)
+    def update(state, batch):
+        traced.append(len(batch.args[0]))
+        return svi.update(state, batch)
 
     step = jax.jit(update, donate_argnums=0)
     for number, batch in zip(range(100_001), steps(), strict=False):
-        state, loss = step(state, *batch)
+        state, loss = step(state, batch)
         if number in (10_000, 100_000):
             assert np.isfinite(loss)
             kept.append((objects(), len(jax.live_arrays()), memory()))
@@ -70,7 +71,7 @@ def test_many_steps():
 
 def test_many_compilations():
     svi = SubsampleSVI(model, AutoNormal(model), optax.sgd(0.01), Trace_ELBO())
-    state = svi.init(jax.random.key(0), DATA[:3], indices={"rows": np.arange(3)})
+    state = svi.init(jax.random.key(0), next(steps()))
     kept = []
     for number in range(61):
         rows = np.arange(1 + number % 20)

@@ -13,14 +13,13 @@ from numpyro import handlers
 from numpyro.infer import NUTS, SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
-from models import N, Tensor, hierarchy, pinned_plate, plate
+from models import N, hierarchy, pinned_plate, plate
 from numpyro_dynamic_subsample import (
     MisalignedSubsampleWarning,
     SubsampleSVI,
     UnscaledSubsampleWarning,
     dynamic_subsample,
     minibatch,
-    pad_minibatch,
 )
 
 X = np.arange(8.0)
@@ -137,15 +136,6 @@ NO_GUIDES = {
 def test_what_is_no_guide(guide, message):
     with pytest.raises(ValueError, match=message):
         dynamic_subsample(guide)
-
-
-def test_padding_of_what_numpy_can_take():
-    padded, count = pad_minibatch((Tensor([1.0, 2.0]), Tensor([4, 1])), 3)
-    np.testing.assert_array_equal(padded[0], [1.0, 2.0, 2.0])
-    np.testing.assert_array_equal(padded[1], [4, 1, 1])
-    assert count == 2
-    with pytest.raises(ValueError, match="capacity must be a whole number, not 8.0"):
-        pad_minibatch(X, 8.0)
 
 
 # ------------------------------------------------------------------ scales

@@ -16,7 +16,7 @@ from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
 from models import N, hierarchy, plate_of
-from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, pad_minibatch
+from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, minibatch
 
 X = np.random.default_rng(0).normal(size=N)
 BATCHES = [[5, 0, 3], [7, 1], [2, 6, 4, 0, 1, 3, 7, 5]]
@@ -123,7 +123,8 @@ def test_rows_in_an_argument_with_an_enumerating_objective():
 
 def test_counts_in_an_argument_of_the_model():
     rows = np.array(BATCHES[0])
-    (x, d_batch), count = pad_minibatch((X[rows], rows), capacity=5)
+    batch = minibatch(X[rows], rows, rows={"docs": rows}, capacity=5)
+    (x, d_batch), count = batch.args, batch.counts["docs"]
     named = {"rows": {"docs": "d_batch"}, "valid": {"docs": "n_batch"}}
     svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO(), **named)
     state = svi.init(jax.random.key(0), X[rows], d_batch=rows)
@@ -156,7 +157,8 @@ def test_argument_that_the_model_lacks():
 def test_counts_that_a_context_finds():
     """Loss and parameters are those of the batch without padding."""
     rows = np.array(BATCHES[0])
-    (x, d_batch), count = pad_minibatch((X[rows], rows), capacity=5)
+    batch = minibatch(X[rows], rows, rows={"docs": rows}, capacity=5)
+    (x, d_batch), count = batch.args, batch.counts["docs"]
     svi = SVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
     with dynamic_subsample(rows={"docs": "d_batch"}, valid={"docs": "n_batch"}):
         state = svi.init(jax.random.key(0), X, d_batch=np.arange(N))

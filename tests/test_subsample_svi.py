@@ -31,7 +31,7 @@ from scipy.stats import norm
 
 from checks import assert_close, assert_equal
 from models import CASES, N, guide_list, independent, plate_of
-from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, pad_minibatch
+from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, minibatch
 
 CAPACITY = 6
 ROWS = np.array([5, 0, 3])
@@ -224,15 +224,14 @@ def ratings_batches():
         rng.integers(0, LECTURERS, 5),
         rng.normal(size=3),
     )
-    flat = np.array([0, 0, 1, 2, 2]), lecturer
-    (student, lecturer), m = pad_minibatch(flat)
-    (y_padded, rows_padded), n = pad_minibatch((y, rows))
-    indices, valid = {"students": rows_padded}, {"students": n, "ratings": m}
-    return (
-        ((*flat, y), {"students": rows}),
-        ((student, lecturer, y_padded), indices),
-        valid,
+    args = np.array([0, 0, 1, 2, 2]), lecturer, y
+    padded = minibatch(
+        *args,
+        rows={"students": rows},
+        along={"ratings": (0, 1)},
+        capacity="powers of two",
     )
+    return (args, {"students": rows}), (padded.args, padded.pinned), padded.valid
 
 
 def table_batches():
@@ -393,22 +392,21 @@ def test_compilations_for_fifty_sizes():
     rng = np.random.default_rng(0)
     start = svi.init(jax.random.key(0), np.zeros(4))
     mu = float(svi.get_params(start)["mu_auto_loc"])
-    for capacity, most in ((50, 1), (None, 7)):
+    for capacity, most in ((50, 1), ("powers of two", 7)):
         traced = []
 
         @jax.jit
-        def loss(state, x, rows, n, traced=traced):
-            traced.append(x.shape)
-            return svi.evaluate(state, x, indices={"n": rows}, valid={"n": n})
+        def loss(state, batch, traced=traced):
+            traced.append(batch.args[0].shape)
+            return svi.evaluate(state, batch)
 
         for count in range(1, 51):
             x = rng.normal(size=count)
-            batch, n = pad_minibatch((x, np.arange(count)), capacity)
-            if capacity is None and len(batch[0]) > size:
-                batch, n = pad_minibatch((x, np.arange(count)), size)
+            rows = {"n": np.arange(count)}
+            batch = minibatch(x, rows=rows, capacity=capacity, size=size)
             prior = norm.logpdf(mu)
             likelihood = size / count * norm.logpdf(x, mu).sum()
-            assert_close(loss(start, *batch, n), -(prior + likelihood))
+            assert_close(loss(start, batch), -(prior + likelihood))
         assert len(traced) == most
 
 
@@ -457,8 +455,8 @@ def test_loop_of_the_docstring():
         # Whether a backend makes use of donated memory is up to it.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         for rows in rows_of_batches:
-            (x, rows), n = pad_minibatch((TRUTH[rows], rows), capacity=6)
-            state, _ = step(state, x, indices={"n": rows}, valid={"n": n})
+            batch = minibatch(TRUTH[rows], rows={"n": rows}, capacity=6)
+            state, _ = step(state, batch)
     assert set(shapes) == {(6,)}
     z = svi.get_params(state)["z_auto_loc"]
     np.testing.assert_allclose(z, TRUTH / 1.01, atol=0.05)
