@@ -345,6 +345,35 @@ def test_rows_and_counts_have_the_integer_type_of_jax(kind, dtype, x64):
         np.testing.assert_array_equal(batch.rows["n"], [5, 3, 100, 100])
 
 
+def test_narrow_rows_move_themselves_only():
+    model = hierarchy(500, "rows")
+    svi = SubsampleSVI(
+        model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO(), rowwise=True
+    )
+    rows = np.array([5, 3, 3, 100, 0], "u1")  # 500 would be 244
+    batch = minibatch(np.ones(5, "f4"), rows={"rows": rows}, capacity=8)
+    state = svi.init(jax.random.key(0), batch)
+    before = svi.get_params(state)["z_auto_loc"]
+    after = svi.get_params(jax.jit(svi.update)(state, batch)[0])["z_auto_loc"]
+    assert np.flatnonzero(before != after).tolist() == [0, 3, 5, 100]
+
+
+def test_flag_of_the_model():
+    def model(x, train):
+        with numpyro.plate("n", ROWS, subsample_size=len(x)):
+            numpyro.sample("x", dist.Normal(0, 1 if train else 2), obs=x)
+
+    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO())
+    evaluate = jax.jit(svi.evaluate)
+    for train in (True, False):
+        batch = minibatch(DATA[:5], train=train, rows={"n": None}, capacity=8)
+        state = svi.init(jax.random.key(0), batch)
+        expected = -ROWS / 5 * norm.logpdf(DATA[:5], 0, 1 if train else 2).sum()
+        np.testing.assert_allclose(evaluate(state, batch), expected, rtol=1e-5)
+        draws = svi.predict(jax.random.key(0), state, batch, num_samples=2)["x"]
+        assert draws.shape == (2, 5)
+
+
 def test_inside_of_a_compiled_function():
     svi, rows = svi_of(), np.array([5, 0, 5])
     state = svi.init(jax.random.key(0), minibatch(DATA, rows={"rows": np.arange(ROWS)}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -20,6 +20,8 @@ Capacity = int | Literal["powers of two"]
 POWERS_OF_TWO = "powers of two"
 STATIC = (bool, str)
 ARRAYS = (np.ndarray, jax.Array)
+# The types of NumPy that a step takes without a look at the values.
+PLAIN = frozenset("?bBhHiIefdFD")
 Given = TypeVar("Given")
 Label = Callable[[], str]
 
@@ -275,6 +277,8 @@ def as_minibatch(item: Any) -> Minibatch:
 
 def as_leaf(given: Any, label: Label) -> Any:
     """Take a leaf as an array of numbers, or as it is."""
+    if type(given) is np.ndarray and given.dtype.char in PLAIN:
+        return given
     if isinstance(given, STATIC):
         return given
     if isinstance(given, np.ma.MaskedArray):
@@ -308,11 +312,14 @@ def integer_type() -> type[np.signedinteger]:
     return jax.dtypes.canonicalize_dtype(int).type
 
 
+_limits = cache(np.iinfo)
+
+
 def _check_fit(array: np.ndarray | jax.Array, dtype: Any, label: Label) -> None:
     """Refuse whole numbers that JAX would cut to a shorter type."""
     if isinstance(array, Tracer) or not array.size:
         return
-    limits = np.iinfo(dtype)
+    limits = _limits(dtype)
     for number in map(int, (array.min(), array.max()) if array.ndim else (array,)):
         if not limits.min <= number <= limits.max:
             raise ValueError(
@@ -327,19 +334,30 @@ def as_rows(plate: str, given: Any, size: int | None) -> np.ndarray | jax.Array:
     def label() -> str:
         return f"rows of plate '{plate}'"
 
-    rows = as_leaf(given, label)
-    if isinstance(rows, STATIC):
-        rows = np.asarray(rows)
-    if rows.ndim != 1 or rows.size:
-        check_rows(plate, size, rows)
     integer = integer_type()
+    rows = given
+    if not (type(given) is np.ndarray and _are_rows(given, size, integer)):
+        rows = as_leaf(given, label)
+        if isinstance(rows, STATIC):
+            rows = np.asarray(rows)
+        if rows.ndim != 1 or rows.size:
+            check_rows(plate, size, rows)
+        _check_fit(rows, integer, label)
+    if isinstance(rows, np.ndarray | Tracer):
+        return rows.astype(integer, copy=False)
     if rows.dtype == integer:
         return rows
-    _check_fit(rows, integer, label)
-    if isinstance(rows, np.ndarray | Tracer):
-        return rows.astype(integer)
     # On the host, where a new length compiles nothing.
     return jnp.asarray(np.asarray(rows).astype(integer))
+
+
+def _are_rows(rows: np.ndarray, size: int | None, integer: type) -> bool:
+    """Tell in one look at the rows whether there is nothing to say against them."""
+    if rows.dtype.kind not in ("i", "u") or rows.ndim != 1 or not rows.size:
+        return False
+    if size is None:
+        size = _limits(integer).max
+    return len(rows) <= size and rows.min() >= 0 and rows.max() < size
 
 
 def _axes(
@@ -366,8 +384,9 @@ def _axes(
                     "a whole number."
                 )
             named.setdefault(name, {})[plate] = axis
-    only = dict.fromkeys(arguments, dict.fromkeys(rows, 0)) if len(rows) == 1 else {}
-    return only | named
+    if len(rows) != 1:
+        return named
+    return dict.fromkeys(arguments, dict.fromkeys(rows, 0)) | named
 
 
 def _plates(
@@ -381,6 +400,8 @@ def _plates(
             f"The batch holds rows of {sorted(rows) or 'no plate'}, so `along` must "
             f"say which plate {label()}, of shape {leaf.shape}, runs along."
         )
+    if len(axes) == 1 and 0 in axes.values():
+        return list(axes.items())
     plates: dict[int, str] = {}
     for plate, given in axes.items():
         axis = given + leaf.ndim if given < 0 else given
@@ -412,6 +433,8 @@ def _label(name: int | str | None, trees: tuple, number: int) -> str:
 
 def _by_plate(what: str, given: Any, plates: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return by plate what is given for all plates or for each by name."""
+    if given is None:
+        return {}
     if not isinstance(given, Mapping):
         return dict.fromkeys(plates, given)
     if unknown := sorted(given.keys() - plates.keys()):
@@ -429,12 +452,13 @@ def _count(plate: str, lengths: list[tuple[Label, int]]) -> int:
             "batch cannot tell its count."
         )
     count = lengths[0][1]
-    if any(length != count for _, length in lengths):
-        raise ValueError(
-            f"What runs along plate '{plate}' must have one length, but has "
-            f"{ {label(): length for label, length in lengths} }. Name in `along` what "
-            "runs along another plate."
-        )
+    for _, length in lengths:
+        if length != count:
+            found = {label(): length for label, length in lengths}
+            raise ValueError(
+                f"What runs along plate '{plate}' must have one length, but has "
+                f"{found}. Name in `along` what runs along another plate."
+            )
     if count < 1:
         raise ValueError(
             f"The batch holds no row of plate '{plate}'. Skip steps that have none."
