@@ -494,12 +494,14 @@ def _padded(array: Any, axis: int, room: int) -> np.ndarray | jax.Array:
     if count == room:
         return array
     if isinstance(array, np.ndarray):
-        before = (slice(None),) * axis
-        made = np.empty(
-            (*array.shape[:axis], room, *array.shape[axis + 1 :]), array.dtype
-        )
-        made[(*before, slice(count))] = array
-        made[(*before, slice(count, None))] = array[(*before, slice(count - 1, count))]
+        shape = list(array.shape)
+        shape[axis] = room
+        given, made = array, np.empty(shape, array.dtype)
+        to = made
+        if axis:
+            given, to = given.swapaxes(0, axis), to.swapaxes(0, axis)
+        to[:count] = given
+        to[count:] = given[-1]
         return made
     # Typed keys have no NumPy form.
     if isinstance(array, Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.extended):
