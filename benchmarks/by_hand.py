@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax.scipy.stats import norm
 
-from numpyro_dynamic_subsample import Minibatch
-from numpyro_dynamic_subsample.__main__ import STUDENTS, batches, load, sizes
+from numpyro_dynamic_subsample import Minibatch, minibatch
+from numpyro_dynamic_subsample.__main__ import STUDENTS, cut, load
 
 from .insteval import BATCH_SIZE, STEPS, subsample_svi
 from .pairs import Case, Found, Row, Steps, agree, in_turns
@@ -62,7 +62,8 @@ def divergence(q: tuple, loc: Any, scale: Any) -> jax.Array:
 def ratings_loss(
     params: dict[str, jax.Array], batch: Minibatch, keys: Any
 ) -> jax.Array:
-    rows, students, student_of, lecturer_of, y = batch.args
+    names = "rows", "students", "student", "lecturer", "y"
+    rows, students, student_of, lecturer_of, y = map(batch.kwargs.get, names)
 
     def draw(site: str, rows: Any = slice(None)) -> tuple[tuple, jax.Array]:
         loc, scale = (leaf[rows] for leaf in normal(params, site))
@@ -101,8 +102,9 @@ def epoch() -> Problem:
     """Scan over the padded batches of InstEval."""
     ratings = load()
     order = np.random.default_rng(0).permutation(STUDENTS)
-    capacity = max(count for _, count in sizes(ratings, [order], BATCH_SIZE))
-    steps = list(batches(ratings, order, BATCH_SIZE, capacity))
+    parts = cut(order, BATCH_SIZE)
+    capacity = ratings.capacity(parts)
+    steps = [ratings(part, capacity=capacity) for part in parts]
     svi = subsample_svi(ADAM)
     state = svi.init(jax.random.key(0), steps[0])
 
@@ -152,7 +154,9 @@ def row_wise(rows: int) -> Problem:
     draw = np.random.default_rng(1)
     indices = [draw.integers(0, rows, BATCH, dtype="int32") for _ in range(64)]
     batches = [(jnp.asarray(y[own]), jnp.asarray(own)) for own in indices]
-    state = svi.init(jax.random.key(0), minibatch(batches[0][0], rows={"rows": indices[0]}))
+    state = svi.init(
+        jax.random.key(0), minibatch(batches[0][0], rows={"rows": indices[0]})
+    )
 
     def ours(state: Any, y: Any, own: Any) -> Any:
         return svi.update(state, minibatch(y, rows={"rows": own}))

@@ -16,7 +16,7 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_dynamic_subsample import Minibatch, SubsampleSVI, minibatch
-from numpyro_dynamic_subsample.__main__ import batches, load, shuffled, sizes
+from numpyro_dynamic_subsample.__main__ import cut, load, shuffled
 
 from .insteval import BATCH_SIZE, subsample_svi
 from .pairs import Case, Found, Row, agree
@@ -43,11 +43,11 @@ def made_before() -> tuple[SubsampleSVI, Callable[[int], Iterable[Minibatch]]]:
 
 def insteval() -> tuple[SubsampleSVI, Callable[[int], Iterable[Minibatch]]]:
     """Make the batches during the epoch, as the demo does."""
-    ratings, order = load(), shuffled(0, 0)
-    capacity = max(count for _, count in sizes(ratings, [order], BATCH_SIZE))
+    ratings, parts = load(), cut(shuffled(0, 0), BATCH_SIZE)
+    make = partial(ratings, capacity=ratings.capacity(parts))
 
     def of_epoch(epoch: int) -> Iterable[Minibatch]:
-        return batches(ratings, order, BATCH_SIZE, capacity)
+        return map(make, parts)
 
     return subsample_svi(optax.adam(0.001)), of_epoch
 

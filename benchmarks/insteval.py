@@ -9,14 +9,12 @@ import numpy as np
 from numpyro.infer import TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_dynamic_subsample import SubsampleSVI
+from numpyro_dynamic_subsample import RaggedGroups, SubsampleSVI
 from numpyro_dynamic_subsample.__main__ import (
     LME4,
     STUDENTS,
-    Ratings,
-    batches,
+    cut,
     model,
-    sizes,
     start,
 )
 
@@ -41,19 +39,20 @@ def deviation(figures: Iterable[float]) -> float:
 
 
 def fit(
-    ratings: Ratings, orders: np.ndarray, optimizer: Any, **options: Any
+    ratings: RaggedGroups, orders: np.ndarray, optimizer: Any, **options: Any
 ) -> Iterator[Epoch]:
     """Take one step after the other, and yield what each epoch has come to."""
     svi = subsample_svi(optimizer, **options)
     started = time.perf_counter()
-    capacity = max(count for _, count in sizes(ratings, orders, BATCH_SIZE))
-    first = next(batches(ratings, orders[0], BATCH_SIZE, capacity))
+    epochs = [cut(order, BATCH_SIZE) for order in orders]
+    capacity = ratings.capacity(part for parts in epochs for part in parts)
+    first = ratings(epochs[0][0], capacity=capacity)
     state = svi.init(jax.random.key(0), first)
     step = jax.jit(svi.update, donate_argnums=0)
     reading = 0.0
-    for order in orders:
-        for batch in batches(ratings, order, BATCH_SIZE, capacity):
-            state, _ = step(state, batch)
+    for parts in epochs:
+        for part in parts:
+            state, _ = step(state, ratings(part, capacity=capacity))
         jax.block_until_ready(state)
         now = time.perf_counter()
         params = jax.device_get(svi.get_params(state))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numpyro_dynamic_subsample.__main__ import load, shuffled
+from numpyro_dynamic_subsample.__main__ import STUDENTS, load, shuffled
 
 from .insteval import BATCH_SIZE, deviation
 from .pairs import Case, Found, Row, run
@@ -63,13 +63,11 @@ PEERS = (
 def data_file(folder: Path, epochs: int, seconds: float) -> Path:
     """Write what a fit is given."""
     ratings = load()
-    student = np.empty(len(ratings.y), dtype="int32")
-    for number, places in enumerate(ratings.of_student):
-        student[places] = number
+    everything = ratings(np.arange(STUDENTS)).kwargs
     data = Given(
-        student=student,
-        lecturer=ratings.lecturer,
-        y=ratings.y,
+        student=everything["student"],
+        lecturer=everything["lecturer"],
+        y=everything["y"],
         orders=np.array([shuffled(epoch, 0) for epoch in range(epochs)]),
         batch_size=BATCH_SIZE,
         rate=0.02,

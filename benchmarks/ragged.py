@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,13 +33,9 @@ class Way(NamedTuple):
     capacity: Callable[[dict[str, int]], Any]  # for the largest counts
 
 
-def power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
 WAYS = (
     Way("a compilation per size", lambda _: None),
-    Way("power-of-two buckets", lambda _: power_of_two),
+    Way("power-of-two buckets", lambda _: "powers of two"),
     Way("one compilation", lambda most: most),
 )
 FIXED = "fixed size, as many rows"
@@ -127,38 +124,19 @@ def insteval(steps: int) -> Epoch:
     ratings = load()
     order = np.random.default_rng(0).permutation(STUDENTS).astype("int32")
     parts = np.split(order, range(BATCH_SIZE, STUDENTS, BATCH_SIZE))
-    places = [np.concatenate([ratings.of_student[r] for r in rows]) for rows in parts]
     # The last batch, of fewer students, is among the steps of a short run, too.
-    parts, places = parts[-steps:], places[-steps:]
-    most = {"students": BATCH_SIZE, "ratings": max(map(len, places))}
-
-    length = sum(map(len, places)) // steps
-
-    def cut(number: int) -> tuple[np.ndarray, ...]:
-        """Return students, and for each rating its student and its place."""
-        rows = parts[number]
-        counts = [len(ratings.of_student[row]) for row in rows]
-        student = np.repeat(np.arange(len(rows), dtype="int32"), counts)
-        return rows, student, places[number]
-
-    def batch(rows: Any, student: Any, own: Any, capacity: Any) -> Minibatch:
-        return minibatch(
-            rows,
-            len(rows),
-            student,
-            ratings.lecturer[own],
-            ratings.y[own],
-            rows={"students": rows},
-            along={"ratings": (2, 3, 4)},
-            capacity=capacity,
-        )
+    parts = parts[-steps:]
+    most = ratings.capacity(parts)
+    length = sum(ratings.counts[rows].sum() for rows in parts) // steps
 
     def ragged(way: Way, number: int) -> Minibatch:
-        return batch(*cut(number), way.capacity(most))
+        return ratings(parts[number], capacity=way.capacity(most))
 
     def fixed(number: int) -> Minibatch:
-        lengths = BATCH_SIZE, length, length
-        return batch(*map(np.resize, cut(number), lengths), capacity=None)
+        made = ratings(np.resize(parts[number], BATCH_SIZE))
+        columns = ("student", "lecturer", "y")
+        resized = {name: np.resize(made.kwargs[name], length) for name in columns}
+        return replace(made, kwargs=made.kwargs | resized)
 
     svi = subsample_svi(optax.adam(0.02))
     state = svi.init(jax.random.key(0), ragged(WAYS[-1], 0))

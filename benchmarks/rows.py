@@ -15,7 +15,7 @@ import optax
 from numpyro.infer import TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_dynamic_subsample import SubsampleSVI
+from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 from numpyro_dynamic_subsample.__main__ import load, shuffled
 
 from .insteval import STEPS, deviation, fit
@@ -64,7 +64,9 @@ def compiled(rows: int, rowwise: bool) -> Compiled:
     def update(state: Any, y: Any, own: Any) -> Any:
         return svi.update(state, minibatch(y, rows={"rows": own}))
 
-    state = svi.init(jax.random.key(0), minibatch(batches[0][0], rows={"rows": indices[0]}))
+    state = svi.init(
+        jax.random.key(0), minibatch(batches[0][0], rows={"rows": indices[0]})
+    )
     step = jax.jit(update, donate_argnums=0).lower(state, *batches[0]).compile()
     memory = step.memory_analysis()
     assert memory is not None

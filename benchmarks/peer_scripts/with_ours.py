@@ -7,10 +7,10 @@ import optax
 
 from benchmarks.insteval import STEPS, fit
 from benchmarks.peer_scripts.record import given, hand_back
-from numpyro_dynamic_subsample.__main__ import Ratings
+from numpyro_dynamic_subsample.__main__ import by_student
 
 data = given(sys.argv[1])
-ratings = Ratings(data.lecturer, data.y, data.of_student)
+ratings = by_student(data.student, data.lecturer, data.y)
 schedule = optax.exponential_decay(data.rate, len(data.orders) * STEPS, data.decay)
 epochs = list(fit(ratings, data.orders, optax.adam(schedule)))
 clock, figures = zip(*epochs, strict=True)

@@ -454,9 +454,7 @@ def _inside(site: Site, plate: PlateRows) -> frozenset[tuple[str, Any]]:
     return frozenset([("latents", plate.name)] if plate.name in site.plates else [])
 
 
-def _scale_message(
-    name: str, site: Site, plate: PlateRows, padded: bool
-) -> str | None:
+def _scale_message(name: str, site: Site, plate: PlateRows, padded: bool) -> str | None:
     what = f"{'Factor' if site.factor else 'Site'} '{name}'"
     where = (
         f"{what} depends on latents of plate '{plate.name}', which takes "

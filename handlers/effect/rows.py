@@ -176,9 +176,10 @@ def check_rows(name: str, size: int | None, rows: Any) -> None:
         rows = np.asarray(rows)
     plate = f"plate '{name}'" + ("" if size is None else f" (size {size})")
     if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+        remedies = {"b": " Give np.flatnonzero(mask).", "f": " Give rows.astype(int)."}
         raise RowsError(
             f"The rows pinned for {plate} must be a vector of integers, but have shape "
-            f"{rows.shape} and type {rows.dtype}."
+            f"{rows.shape} and type {rows.dtype}.{remedies.get(rows.dtype.kind, '')}"
         )
     if size is not None:
         check_subsample_size(name, size, rows.shape[0])
@@ -192,7 +193,9 @@ def check_rows(name: str, size: int | None, rows: Any) -> None:
         raise RowsError(
             f"The rows pinned for {plate} run from {low} to {high}, {where}. JAX would "
             "clamp them to other rows, or count them from the end; pin indices into "
-            "the whole plate."
+            "the whole plate. If rows have come in, the plate needs its new size, and "
+            "the method grow of SubsampleSVI; to predict rows that the plate does not "
+            "have, name it in unseen=, and give None for its rows."
         )
 
 
