@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from numpyro.distributions.transforms import biject_to
 from numpyro.handlers import substitute, trace
@@ -22,7 +23,32 @@ from numpyro.infer.initialization import init_to_value
 
 from . import internals
 from .guide_call import GuideCall
+from .internals import Handler
 from .plates import PlateRows, full_size, hidden_run, take_rows_of_plates
+
+
+class _KnownRows(Handler):
+    """Lets one plate take rows that are known, where it would draw some.
+
+    Its key is spent all the same, so that initial values are NumPyro's.
+    """
+
+    def __init__(self, plates: Mapping[str, PlateRows]) -> None:
+        super().__init__()
+        self._plates = plates
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        draw = msg["fn"]
+
+        def rows(size: int, subsample_size: int, rng_key: Any = None) -> jax.Array:
+            # By the name that handlers in the model have given it by now.
+            plate = self._plates.get(msg["name"])
+            known = None if plate is None else plate.rows
+            if known is None or (size, subsample_size) != (plate.size, len(known)):
+                return draw(size, subsample_size, rng_key=rng_key)
+            return known
+
+        msg["fn"] = rows
 
 
 def set_up(
@@ -45,6 +71,19 @@ def set_up(
         If the guide needs one latent for every row, or the data of all rows, and
         these arguments do not bring them, or not in the plate's order.
     """
+
+    def make(subsample: Callable, name: str, *args: Any) -> tuple[int, jax.Array]:
+        with _KnownRows(call.plates):
+            return subsample(name, *args)
+
+    # The prototype's run is hidden from the handlers that pin rows.
+    with internals.plates_made_by(make):
+        _set_up(guide, call, args, kwargs)
+
+
+def _set_up(
+    guide: AutoGuide, call: GuideCall, args: tuple, kwargs: dict[str, Any]
+) -> None:
     plates = call.plates.values()
     # A part made with block(model, expose=...) does not see the plates of its sites.
     for plate in plates:

@@ -313,19 +313,24 @@ def compiled(function: Callable, *args: Any) -> Callable:
     """Compile a function of arrays, or find the program that computes the same.
 
     The program computes at once, whatever is being traced. What the function closes
-    over is none of its constants, so that other data need no other program.
+    over is none of its constants, so that other data need no other program. A program
+    that calls back to the host is used by nobody else: what it calls is not in its text.
     """
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     lowered = jax.jit(partial(eval_jaxpr, jaxpr.jaxpr)).lower(
         jaxpr.consts, *jax.tree.leaves(args)
     )
-    program = hash(lowered.as_text())
-    if program not in _programs:
-        _programs[program] = lowered.compile(_QUICKLY)
+    text = lowered.as_text()
+    if "callback" in text or jaxpr.effects:
+        program = lowered.compile(_QUICKLY)
+    else:
+        program = _programs.get(hash(text))
+        if program is None:
+            program = _programs[hash(text)] = lowered.compile(_QUICKLY)
     structure = jax.tree.structure(shapes)
 
     def run(*args: Any) -> Any:
-        leaves = _programs[program](jaxpr.consts, *jax.tree.leaves(args))
+        leaves = program(jaxpr.consts, *jax.tree.leaves(args))
         return jax.tree.unflatten(structure, leaves)
 
     return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..batches.minibatch import Minibatch
+from ..effect.alignment import warn
 
 # A dispatch takes some 0.1 ms on the host, most of what a step on a small batch takes
 # and nothing beside one on a large batch. So batches go together up to so many bytes.
@@ -139,18 +139,31 @@ class Chunks:
         batches, self._gathered = self._gathered, []
         if not batches:
             return
-        if len(self._running) > 1:
+        while len(self._running) > 1:
             # The memory holds the chunk at work, the next and one that is gathered.
             self._running.popleft().block_until_ready()
         if self._room == 1:
-            losses = self._dispatch(batches[0], None, self._number)
+            self._one_by_one(batches)
         else:
             stacked = _stacked(batches, self._room)
-            losses = self._dispatch(stacked, np.int32(len(batches)), self._number)
+            try:
+                self._go(batches, stacked, np.int32(len(batches)))
+            except (NotImplementedError, TypeError):
+                # A loop needs a state whose types stay, and knows fewer effects. If
+                # that is not the reason, a single step fails, too.
+                self._at_most = 1
+                self._one_by_one(batches)
+        self._since = time.perf_counter()
+
+    def _one_by_one(self, batches: list[Minibatch]) -> None:
+        for batch in batches:
+            self._go([batch], batch, None)
+
+    def _go(self, batches: list[Minibatch], given: Any, count: Any) -> None:
+        losses = self._dispatch(given, count, self._number)
         self._running.append(losses)
         self._number += len(batches)
         self._done(batches, losses)
-        self._since = time.perf_counter()
 
 
 def _shape(batch: Minibatch) -> tuple[Any, int]:
@@ -206,10 +219,10 @@ class Sizes:
             for plate, own in ragged.items()
         )
         capacity = {plate: max(own) for plate, own in ragged.items()} or "..."
-        warnings.warn(
+        warn(
             f"fit has compiled the step for {len(self._shapes)} shapes of batch"
             f"{sizes and ', with ' + sizes}. Each new one takes as long again. Give "
             "all of them the same: minibatch(..., rows=..., "
             f"capacity={capacity}), with the largest counts that there are.",
-            stacklevel=5,
+            UserWarning,
         )

@@ -114,7 +114,7 @@ def fit(
         Check after each epoch that the losses are finite.
     steps_per_dispatch : int, optional
         At most how many steps to hand to the device at once. Their batches are in
-        memory together. By default, as many as fit 16 MiB, at most 64. It is 1 where
+        memory together. By default, as many as fit 4 MiB, at most 64. It is 1 where
         batches hold JAX arrays, which are on the device already. Losses are the same
         up to rounding, whatever it is.
 
@@ -209,8 +209,13 @@ def fit(
         return in_turn(one, None, batch, count)[1]
 
     def train(batch: Any, count: Any, _: int) -> Any:
-        nonlocal now
-        now, losses = step(now, batch, count)
+        nonlocal now, compilations
+        before = compilations
+        try:
+            now, losses = step(now, batch, count)
+        except Exception:
+            compilations = before
+            raise
         bar.bar_format = None
         return losses
 

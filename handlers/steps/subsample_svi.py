@@ -390,7 +390,9 @@ class SubsampleSVI(SVI):
             The loss, an estimate for all rows.
         """
         args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
-        with self._batch(indices, valid):
+        # NumPyro gives the parameters alone to the loss.
+        carried = substitute(data=svi_state.mutable_state or {})
+        with self._batch(indices, valid), carried:
             return super().evaluate(svi_state, *args, **kwargs)
 
     def predict(
