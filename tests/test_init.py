@@ -23,7 +23,8 @@ from numpyro.infer import util as initialisation
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
 from models import N, X
-from numpyro_dynamic_subsample import SubsampleSVI, internals
+from numpyro_dynamic_subsample import SubsampleSVI
+from numpyro_dynamic_subsample.effect import internals
 
 
 def plates(x, scale=1.0):

@@ -138,6 +138,20 @@ def call_guide(
     return result
 
 
+def set_up_alone(
+    guide: AutoGuide, model: Callable, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """Set an autoguide up as its first call would, but leave the call itself out."""
+    call = GuideCall(model, args, kwargs)
+    with call, served(guide, call, args, kwargs):
+        pass
+
+
+def has_parts(guide: AutoGuide) -> bool:
+    """Tell whether other guides, which are set up as they are called, make this one."""
+    return isinstance(guide, AutoGuideList | AutoSemiDAIS)
+
+
 def _refuse_what_a_wrapper_cannot_reach(guide: Any, call: GuideCall) -> None:
     """Hold a model that the wrapper alone cannot change to rule 3 of ``plates``."""
     # Plates in which the guide has no site are read only if the first reading has found

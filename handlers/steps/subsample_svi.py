@@ -28,6 +28,7 @@ from .fit import fit as fit_batches
 from .grow import grown
 from .predict import Request, predict, unpacked
 from .rowwise import RowSteps
+from .start import init_at_once
 
 
 class SubsampleSVI(SVI):
@@ -163,10 +164,14 @@ class SubsampleSVI(SVI):
             Arrays of its own, which a step may be allowed to overwrite.
         """
         args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
+        numpyro_init = super().init
+
+        def init(rng_key: jax.Array) -> SVIState:
+            return numpyro_init(rng_key, *args, init_params=init_params, **kwargs)
+
+        given = args, {**kwargs, **self.static_kwargs}
         with self._batch(indices, valid), internals.search_compiled():
-            state = super().init(rng_key, *args, init_params=init_params, **kwargs)
-        # The guide keeps its initial values; a step may be allowed to overwrite these.
-        return jax.tree.map(jnp.copy, state)
+            return init_at_once(self, init, rng_key, *given)
 
     def update(
         self,
