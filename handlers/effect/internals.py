@@ -316,9 +316,9 @@ def compiled(function: Callable, *args: Any, exactly: bool = False) -> Callable:
 
     The program computes at once, whatever is being traced. What the function closes
     over is none of its constants, so that other data need no other program. A program
-    that calls back to the host is used by nobody else: what it calls is not in its text.
-    With `exactly`, its numbers are those of the function without compilation, bit for
-    bit, but a large program takes longer to compile.
+    that calls back to the host is used by nobody else, since its text does not tell
+    what it calls. With `exactly`, its numbers are those of the function without
+    compilation, bit for bit, but a large program takes longer to compile.
     """
     options = _EXACTLY if exactly else _QUICKLY
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
