@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 from numpyro.handlers import seed, trace
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoGuide
@@ -17,7 +16,7 @@ from numpyro.infer.svi import SVIState
 
 from ..effect import internals
 from ..effect.guides import has_parts, set_up_alone
-from ..effect.internals import Handler, Tracer
+from ..effect.internals import Tracer
 from ..effect.plates import hidden_run
 
 
@@ -55,15 +54,6 @@ def check_seen(svi: SVI) -> None:
             "state. Call svi.init(key, batch) once, with any batch. The state that it "
             "returns is not needed."
         )
-
-
-class _KeysSpent(Handler):
-    """Counts the random keys that are asked for."""
-
-    count = 0
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        self.count += msg["type"] == "prng_key"
 
 
 def init_at_once(
@@ -117,15 +107,16 @@ def _in_one_program(
     kwargs: dict[str, Any],
 ) -> SVIState | None:
     guide: Any = svi.guide
-    autoguide, keys = guide.fn, _KeysSpent()
+    autoguide = guide.fn
     if not issubclass(type(autoguide), AutoGuide) or has_parts(autoguide):
         return None
+    *_, of_guide = jax.random.split(rng_key, 3)
+    keys = seed(rng_seed=of_guide)
 
     def called_later(*args: Any, **kwargs: Any) -> Any:
-        # The keys that the first call would spend on setting the guide up.
-        for _ in range(keys.count):
-            numpyro.prng_key()
-        return guide(*args, **kwargs)
+        # With the keys that the first call has left, once the guide is set up.
+        with seed(rng_seed=keys.rng_key):
+            return guide(*args, **kwargs)
 
     def find(rng_key: jax.Array) -> SVIState:
         # A step may be allowed to overwrite the state, but not what the guide keeps.
@@ -133,8 +124,7 @@ def _in_one_program(
 
     with internals.undone_on_error(autoguide):
         if autoguide.prototype_trace is None:
-            *_, of_guide = jax.random.split(rng_key, 3)
-            with seed(rng_seed=of_guide), keys:
+            with keys:
                 set_up_alone(autoguide, svi.model, args, kwargs)
         with internals.replaced(svi, guide=called_later):
             state = internals.compiled(find, rng_key, exactly=True)(rng_key)
