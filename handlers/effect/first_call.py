@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,28 +27,19 @@ from .internals import Handler
 from .plates import PlateRows, full_size, hidden_run, take_rows_of_plates
 
 
-class _KnownRows(Handler):
-    """Lets one plate take rows that are known, where it would draw some.
+class _Gives(Handler):
+    """Lets a plate take rows that are known, where it would draw some.
 
     Its key is spent all the same, so that initial values are NumPyro's.
     """
 
-    def __init__(self, plates: Mapping[str, PlateRows]) -> None:
+    def __init__(self, give: Callable) -> None:
         super().__init__()
-        self._plates = plates
+        self._give = give
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        draw = msg["fn"]
-
-        def rows(size: int, subsample_size: int, rng_key: Any = None) -> jax.Array:
-            # By the name that handlers in the model have given it by now.
-            plate = self._plates.get(msg["name"])
-            known = None if plate is None else plate.rows
-            if known is None or (size, subsample_size) != (plate.size, len(known)):
-                return draw(size, subsample_size, rng_key=rng_key)
-            return known
-
-        msg["fn"] = rows
+        if msg["value"] is None:
+            msg["fn"] = self._give
 
 
 def set_up(
@@ -71,14 +62,31 @@ def set_up(
         If the guide needs one latent for every row, or the data of all rows, and
         these arguments do not bring them, or not in the plate's order.
     """
+    # One function for all messages of a plate: those of the branches of a `cond` have
+    # to be equal.
+    known = {
+        plate.name: (plate.size, len(plate.rows), partial(_rows, plate.rows))
+        for plate in call.plates.values()
+        if plate.rows is not None
+    }
 
-    def make(subsample: Callable, name: str, *args: Any) -> tuple[int, jax.Array]:
-        with _KnownRows(call.plates):
-            return subsample(name, *args)
+    def make(
+        subsample: Callable, name: str, size: int, count: int | None, dim: int | None
+    ) -> tuple[int, jax.Array]:
+        *sizes, give = known.get(name, (None, None, None))
+        renamed = internals.plate_outside(name, size, internals.handlers_around())
+        if give is None or [size, count] != sizes or renamed["name"] != name:
+            return subsample(name, size, count, dim)
+        with _Gives(give):
+            return subsample(name, size, count, dim)
 
     # The prototype's run is hidden from the handlers that pin rows.
     with internals.plates_made_by(make):
         _set_up(guide, call, args, kwargs)
+
+
+def _rows(rows: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    return rows
 
 
 def _set_up(
