@@ -1,7 +1,11 @@
 """The training loop, beside the bare one, exact posteriors, and ends of all kinds."""
 
+import re
 import signal
+import time
+from contextlib import nullcontext
 from functools import partial
+from threading import current_thread, main_thread
 
 import grain
 import jax
@@ -11,12 +15,16 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
-from checks import assert_equal
+from checks import assert_close, assert_equal
 from models import Tensor, hierarchy
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
+from numpyro_dynamic_subsample.batches.minibatch import as_minibatch
+from numpyro_dynamic_subsample.steps.chunks import Chunks
 
 ROWS, CAPACITY = 20, 8
 DATA = np.random.default_rng(0).normal(1.0, 1.0, ROWS).astype("f4")
@@ -51,8 +59,12 @@ def quiet(svi, *args, **options):
 copy = partial(jax.tree.map, jnp.copy)
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"rowwise": True}])
-def test_fit_is_the_bare_loop_and_can_be_resumed(options):
+def test_fit_is_the_bare_loop_and_can_be_resumed(options, together):
+    # Alone, steps are those of the bare loop bit for bit.
+    same = assert_equal if together == 1 else partial(assert_close, rtol=1e-6)
+    together = {"steps_per_dispatch": together}
     svi = svi_of(**options)
     step = jax.jit(svi.update, donate_argnums=0)
     state, losses, states = svi.init(KEY, next(batches(0))), [], []
@@ -67,22 +79,123 @@ def test_fit_is_the_bare_loop_and_can_be_resumed(options):
     def callback(epoch, state, loss):
         seen.append((epoch, copy(state), loss))
 
-    whole = quiet(svi, batches, 3, callback=callback)
-    assert whole.losses.tolist() == losses
-    assert_equal(whole.state, state)
-    assert_equal(whole.params, svi.get_params(state))
+    whole = quiet(svi, batches, 3, callback=callback, **together)
+    same(whole.losses, np.array(losses))
+    same(whole.state, state)
+    same(whole.params, svi.get_params(state))
     assert (whole.compilations, whole.stopped) == (1, None)
     # Batches of 8, 8 and 4: so each row weighs the same.
-    expected = np.reshape(losses, (3, 3)) @ [0.4, 0.4, 0.2]
+    expected = whole.losses.reshape(3, 3) @ [0.4, 0.4, 0.2]
     np.testing.assert_allclose(whole.epoch_losses, expected, rtol=1e-12)
     assert [epoch for epoch, _, _ in seen] == [0, 1, 2]
     assert [loss for _, _, loss in seen] == whole.epoch_losses.tolist()
-    assert_equal([state for _, state, _ in seen], states)
+    same([state for _, state, _ in seen], states)
 
-    rest = quiet(svi_of(**options), batches, 3, state=states[0], initial_epoch=1)
-    assert rest.losses.tolist() == losses[3:]
-    assert_equal(rest.state, state)
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states[0]))
+    first = seen[0][1]
+    rest = quiet(
+        svi_of(**options), batches, 3, state=first, initial_epoch=1, **together
+    )
+    assert rest.losses.tolist() == whole.losses[3:].tolist()
+    assert_equal(rest.state, whole.state)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+
+
+class Unfinished:
+    """Losses that the device has not computed before somebody waits for them."""
+
+    running = 0
+
+    def __init__(self):
+        Unfinished.running += 1
+        assert Unfinished.running <= 2
+
+    def is_ready(self):
+        return False
+
+    def block_until_ready(self):
+        Unfinished.running -= 1
+
+
+@given(st.lists(st.integers(1, 3), max_size=12), st.integers(1, 4), st.booleans())
+def test_chunks_hold_each_batch_once_and_in_order(lengths, together, fails):
+    sent, done = [], []
+
+    def dispatch(batch, count, number):
+        assert number == len(sent)
+        (values,) = batch.args
+        assert len(values) == together or count is None
+        sent.extend(values[None] if count is None else values[:count])
+        return Unfinished()
+
+    def made():
+        for number, length in enumerate(lengths):
+            yield as_minibatch(np.full(length, number))
+        if fails:
+            raise OSError
+
+    Unfinished.running = 0
+    chunks = Chunks(dispatch, together)
+    with pytest.raises(OSError) if fails else nullcontext():
+        chunks.run(made(), lambda batches, losses: done.extend(batches))
+    assert [own.tolist() for own in sent] == [
+        [number] * length for number, length in enumerate(lengths)
+    ]
+    assert [own.args[0].tolist() for own in done] == [own.tolist() for own in sent]
+
+
+def test_slow_loaders_do_not_let_the_device_wait():
+    sent = []
+
+    def dispatch(batch, count, number):
+        sent.append(count)
+        return np.zeros(1)
+
+    class Ready(np.ndarray):
+        is_ready = staticmethod(lambda: True)
+        block_until_ready = staticmethod(lambda: None)
+
+    def slow():
+        for number in range(3):
+            time.sleep(0.01)
+            assert len(sent) == number
+            yield as_minibatch(np.zeros(2))
+
+    Chunks(lambda *of: dispatch(*of).view(Ready)).run(slow(), lambda *_: None)
+    assert sent == [1, 1, 1]
+
+
+def test_state_whose_types_change_is_no_loop():
+    adam = optax.adam(0.05)
+
+    def update(gradients, state, params=None):
+        count, own = state
+        updates, own = adam.update(gradients, own, params)
+        return updates, (count + 1.5, own)
+
+    optimizer = optax.GradientTransformation(
+        lambda params: (jnp.int32(0), adam.init(params)), update
+    )
+    changing = quiet(svi_of(optimizer=optimizer), batches, 2)
+    assert (
+        changing.losses.tolist()
+        == quiet(svi_of(), batches, 2, steps_per_dispatch=1).losses.tolist()
+    )
+    assert changing.compilations == 2
+
+
+def test_loader_may_use_the_svi():
+    svi = svi_of()
+    state = svi.init(KEY, next(batches(0)))
+    expected = svi.guide.median(svi.get_params(state))["z"]
+
+    def using(epoch):
+        for batch in batches(epoch):
+            assert current_thread() is main_thread()
+            found = svi.guide.median(svi.get_params(state))["z"]
+            np.testing.assert_array_equal(found, expected)
+            yield batch
+
+    assert quiet(svi, using, 2).losses.shape == (6,)
 
 
 def test_posterior_is_the_exact_one():
@@ -193,6 +306,81 @@ def test_interrupt_before_the_first_step_is_raised():
         quiet(svi_of(mean), none)
 
 
+def fails_in_loader(epoch):
+    yield from batches(epoch)
+    if epoch == 1:
+        raise OSError("no such file")
+
+
+def fails_in_callback(epoch, state, loss):
+    if epoch == 1:
+        raise OSError("no space left")
+
+
+def fails_in_step(epoch):
+    yield from batches(epoch)
+    if epoch == 1:
+        yield minibatch(DATA[:3], unknown=DATA[:3], rows={"rows": np.arange(3)})
+
+
+@pytest.mark.parametrize(
+    ("given", "callback", "error"),
+    [
+        (fails_in_loader, None, OSError),
+        (batches, fails_in_callback, OSError),
+        (fails_in_step, None, TypeError),
+    ],
+)
+def test_error_brings_what_has_been_reached(given, callback, error):
+    with pytest.raises(error) as raised:
+        quiet(svi_of(), given, 3, callback=callback)
+    expected = quiet(svi_of(), batches, 2)
+    found = raised.value.fit_result
+    assert_equal(found.state, expected.state)
+    assert_equal(found.params, expected.params)
+    assert found.losses.tolist() == expected.losses.tolist()
+    assert len(found.epoch_losses) == (1 if callback is None else 2)
+    assert (found.stopped, found.compilations) == ("error", 1)
+    # JAX adds notes of its own.
+    note = "in epoch 1 (from 0), after 6 steps. The FitResult of these steps is"
+    assert any(note in own for own in raised.value.__notes__)
+
+
+def test_error_before_the_first_step_brings_nothing():
+    with pytest.raises(ZeroDivisionError) as raised:
+        quiet(svi_of(), lambda epoch: iter([1 // 0]))
+    assert not hasattr(raised.value, "fit_result")
+
+
+@pytest.mark.parametrize(
+    ("key", "what"), [(0, "the integer 0"), ([], "list"), (DATA, "ndarray")]
+)
+def test_first_argument_is_a_key(key, what):
+    message = rf"first argument is a random key: jax.random.key\(0\). .* is {what}"
+    with pytest.raises(TypeError, match=message):
+        svi_of().fit(key, batches)
+
+
+def test_old_keys_are_keys():
+    old = svi_of().fit(jax.random.PRNGKey(0), batches, progress_bar=False)
+    assert_equal(old.losses, quiet(svi_of(), batches).losses)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "told"),
+    [
+        ((4, 5), {}, None),
+        ((4, 5, 6), {}, "3 shapes of batch, with 4, 5, 6 rows .* capacity={'rows': 6}"),
+        ((4, 5, 6), {"capacity": lambda count: count}, None),
+    ],
+)
+def test_each_size_compiled_is_told_once(sizes, options, told):
+    given = [minibatch(DATA[:n], rows={"rows": None}, **options) for n in sizes]
+    with pytest.warns(UserWarning, match=told) if told else nullcontext():
+        result = quiet(svi_of(mean), given, 2)
+    assert result.compilations == len(sizes)
+
+
 def test_callback_stops():
     result = quiet(svi_of(mean), batches, 5, callback=lambda epoch, *_: epoch == 1)
     assert (result.stopped, len(result.epoch_losses)) == ("callback", 2)
@@ -263,9 +451,14 @@ def test_loader_of_grain():
     assert again.losses.shape == (6,)
 
 
-def test_progress_bar(capsys):
-    svi_of(mean).fit(KEY, batches, 2, validation=batches)
-    last = capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize("known", [True, False])
+def test_progress_bar(capsys, known):
+    given = [*batches(0)] if known else batches
+    svi_of(mean).fit(KEY, given, 2, validation=batches)
+    first, *shown = re.split("[\\r\\n]+", capsys.readouterr().err.strip())
+    assert "initialising" in first
+    assert all(("/6 [" in own) >= known for own in shown)
+    last = shown[-1]
     for part in ("epoch 2/2", "6/6", "loss=", "validation=", "rows=4 to 8"):
         assert part in last
 
@@ -278,8 +471,12 @@ def test_progress_bar(capsys):
         (next(batches(0)), {}, "single Minibatch. Put it into a list"),
         (DATA, {}, "single ndarray. Put it into a list"),
         ([], {}, "no batch in epoch 0. Give an iterable that starts anew"),
-        (batches, {"epochs": 0}, "at least 1, but are 0"),
-        (batches, {"patience": 0, "validation": []}, "at least 1, but are 1 and 0"),
+        (batches, {"epochs": 0}, "epochs must be at least 1, but is 0"),
+        (
+            batches,
+            {"patience": 0, "validation": []},
+            "patience must be at least 1, but is 0",
+        ),
         (batches, {"patience": 3}, "patience is 3, but there is no validation"),
         (batches, {"initial_epoch": 1}, "initial_epoch is 1, but there is no state"),
     ],

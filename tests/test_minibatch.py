@@ -21,7 +21,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
-from checks import assert_close
+from checks import assert_close, told
 from models import Tensor, hierarchy
 from numpyro_dynamic_subsample import Minibatch, SubsampleSVI, minibatch
 
@@ -270,11 +270,12 @@ def test_mistakes_are_errors(make, message):
 
 
 @pytest.mark.parametrize(("capacity", "padding"), [(None, []), (6, [11, 11])])
-def test_a_step_is_that_of_indices_and_valid(capacity, padding):
+def test_a_step_is_that_of_its_rows_and_counts(capacity, padding):
     rows = np.array([2, 7, 7, 11])
     batch = minibatch(DATA[rows], 0.3, rows={"rows": rows}, capacity=capacity)
     rows = np.array([2, 7, 7, 11, *padding])
-    apart = {"indices": {"rows": rows}, "valid": {"rows": 4} if capacity else None}
+    counts = {"rows": 4} if capacity else {}
+    same = told(DATA[rows], np.float32(0.3), rows={"rows": rows}, counts=counts)
     svi, key = svi_of(), jax.random.key(0)
     state = svi.init(key, batch)
     run = partial(svi.run, key, 2, progress_bar=False, init_state=state)
@@ -283,7 +284,7 @@ def test_a_step_is_that_of_indices_and_valid(capacity, padding):
         partial(step, state) for step in (svi.update, svi.stable_update, svi.evaluate)
     ]
     for step in steps:
-        one, other = step(batch), step(DATA[rows], np.float32(0.3), **apart)
+        one, other = step(batch), step(same)
         assert_close(one, other, rtol=1e-6)
 
 
@@ -292,8 +293,6 @@ def test_a_step_is_that_of_indices_and_valid(capacity, padding):
     [
         ((DATA,), {}),
         ((), {"noise": 0.1}),
-        ((), {"indices": {"rows": np.arange(ROWS)}}),
-        ((), {"valid": {"rows": 3}}),
     ],
 )
 def test_a_batch_is_all_that_a_step_takes(args, kwargs):

@@ -67,19 +67,20 @@ def sliced(batch):
 
 
 def pinned(*many):
-    return [((X[rows],), {"indices": {"n": rows}}) for rows in map(jnp.array, many)]
+    many = map(jnp.array, many)
+    return [((told(X[rows], rows={"n": rows}),), {}) for rows in many]
 
 
 class PinnedSVI(SVI):
     """NumPyro's own, with the rows pinned around each step."""
 
-    def init(self, key, *args, indices, **kwargs):
-        with handlers.substitute(data=indices):
-            return super().init(key, *args, **kwargs)
+    def init(self, key, batch):
+        with handlers.substitute(data=batch.pinned):
+            return super().init(key, *batch.args)
 
-    def update(self, state, *args, indices, **kwargs):
-        with handlers.substitute(data=indices):
-            return super().update(state, *args, **kwargs)
+    def update(self, state, batch):
+        with handlers.substitute(data=batch.pinned):
+            return super().update(state, *batch.args)
 
 
 def plates_of_sliced(batch):
@@ -391,8 +392,8 @@ def test_other_rows_rest_where_all_rows_fit_into_the_capacity():
     update = jax.jit(svi.update)
     states = [svi.init(jax.random.key(0), X)]
     for rows in np.array([5, 0, 3] + [3] * 5), np.array([1, 5] + [5] * 6):
-        batch = {"indices": {"n": rows}, "valid": {"n": len(set(rows))}}
-        states.append(update(states[-1], X[rows], **batch)[0])
+        batch = told(X[rows], rows={"n": rows}, counts={"n": len(set(rows))})
+        states.append(update(states[-1], batch)[0])
     _, before, after = (svi.get_params(state)["z_auto_loc"] for state in states)
     moved = np.flatnonzero(np.asarray(before != after))
     np.testing.assert_array_equal(moved, [1, 5])
@@ -407,7 +408,7 @@ def test_rows_may_be_of_a_type_too_narrow_for_the_size():
         svi = SubsampleSVI(
             model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO(), rowwise=True
         )
-        return train(svi, [((np.ones(5),), {"indices": {"n": rows}})] * 2)
+        return train(svi, [((told(np.ones(5), rows={"n": rows}),), {})] * 2)
 
     assert_equal(reached(rows.astype(np.uint8)), reached(rows))
 
@@ -416,6 +417,6 @@ def test_particles_that_draw_rows_are_refused():
     loss = Trace_ELBO(num_particles=2)
     svi = SubsampleSVI(independent, AutoNormal(independent), ADAM, loss, rowwise=True)
     message = (
-        r"2 particles draws rows of its own from plate 'n' \(size 8\).*indices=\{'n'"
+        r"2 particles draws rows of its own from plate 'n' \(size 8\).*rows=\{'n'"
     )
     refused(svi, X[:3], X[:3], message)

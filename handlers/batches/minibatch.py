@@ -79,7 +79,7 @@ class Minibatch:
 
 
 _NOT_AN_ARRAY = (
-    "The methods of SubsampleSVI take it apart; SVI hands it to the model as it is. Use "
+    "SubsampleSVI takes it apart; SVI hands it to the model as it is. Use "
     "SubsampleSVI(model, guide, optim, loss), or give SVI the arguments of the model."
 )
 

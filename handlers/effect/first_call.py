@@ -79,9 +79,11 @@ def _known_rows(call: follow_model) -> Generator[None]:
 
     The plates spend their keys all the same, and shuffle nothing.
     """
+    known = {n: p.rows for n, p in call.plates.items() if p.rows is not None}
+    giving = _give_rows(known)
 
     def give(subsample: Callable, *args: Any) -> tuple[int, jax.Array]:
-        with _give_rows(call.plates):
+        with giving:
             return subsample(*args)
 
     with internals.plates_made_by(give):
@@ -89,28 +91,29 @@ def _known_rows(call: follow_model) -> Generator[None]:
 
 
 class _give_rows(Handler):
-    """Gives a plate the rows that its record has; entered innermost."""
+    """Gives plates the rows that are known; entered innermost."""
 
-    def __init__(self, plates: dict[str, PlateRows]) -> None:
+    def __init__(self, rows: dict[str, jax.Array]) -> None:
         super().__init__()
-        self._plates = plates
+        self._rows = rows
+        # One function for all messages of a plate: those of the branches of a `cond`
+        # have to be equal.
+        self._draws = {name: partial(_take, own) for name, own in rows.items()}
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate" and msg["value"] is None:
-            msg["fn"] = partial(self._draw, msg, msg["fn"])
-
-    def _draw(
-        self, msg: dict[str, Any], draw: Callable, *args: Any, **kwargs: Any
-    ) -> Any:
-        # By now handlers in the model have changed the name, if they do.
-        known = self._plates.get(msg["name"])
-        rows = None if known is None else known.rows
-        return draw(*args, **kwargs) if rows is None else rows
+            rows = self._rows.get(msg["name"])
+            if rows is not None and len(rows) == msg["args"][1]:
+                msg["fn"] = self._draws[msg["name"]]
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        known = self._plates.get(msg["name"]) if msg["type"] == "plate" else None
-        if known is not None and known.rows is not None:
-            msg["value"] = known.rows
+        # By now handlers in the model have changed the name, if they do.
+        if msg["type"] == "plate" and msg["name"] in self._rows:
+            msg["value"] = self._rows[msg["name"]]
+
+
+def _take(rows: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    return rows
 
 
 def needs_whole_likelihood(guide: AutoGuide) -> bool:

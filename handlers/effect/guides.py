@@ -106,6 +106,19 @@ def call_guide(
     return result
 
 
+def set_up_alone(
+    guide: AutoGuide, model: Callable, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """Set an autoguide up as its first call would, but leave the call itself out."""
+    with follow_model(model, args, kwargs) as call, served(guide, call):
+        pass
+
+
+def has_parts(guide: AutoGuide) -> bool:
+    """Tell whether other guides, which are set up as they are called, make this one."""
+    return isinstance(guide, AutoGuideList | AutoSemiDAIS)
+
+
 def _run_as_it_is(guide: Any, run: Callable, args: tuple, kwargs: dict) -> Any:
     """Run a guide whose plates are made by hand, as NumPyro does."""
     if internals.find(hold_to_guide) is None:

@@ -262,25 +262,36 @@ _QUICKLY: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
 }
+# Operations that run one after another round as they do by themselves.
+_EXACTLY = _QUICKLY | {"xla_disable_hlo_passes": "constant_folding,fusion"}
 
 
-def compiled(function: Callable, *args: Any) -> Callable:
+def compiled(function: Callable, *args: Any, exactly: bool = False) -> Callable:
     """Compile a function of arrays, or find the program that computes the same.
 
     The program computes at once, whatever is being traced. What the function closes
-    over is none of its constants, so that other data need no other program.
+    over is none of its constants, so that other data need no other program. A program
+    that calls back to the host is used by nobody else, since its text does not tell
+    what it calls. With `exactly`, its numbers are those of the function without
+    compilation, bit for bit, but a large program takes longer to compile.
     """
+    options = _EXACTLY if exactly else _QUICKLY
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     lowered = jax.jit(partial(eval_jaxpr, jaxpr.jaxpr)).lower(
         jaxpr.consts, *jax.tree.leaves(args)
     )
-    program = hash(lowered.as_text())
-    if program not in _programs:
-        _programs[program] = lowered.compile(_QUICKLY)
+    text = lowered.as_text()
+    if "callback" in text or jaxpr.effects:
+        program = lowered.compile(options)
+    else:
+        known = hash((text, exactly))
+        program = _programs.get(known)
+        if program is None:
+            program = _programs[known] = lowered.compile(options)
     structure = jax.tree.structure(shapes)
 
     def run(*args: Any) -> Any:
-        leaves = _programs[program](jaxpr.consts, *jax.tree.leaves(args))
+        leaves = program(jaxpr.consts, *jax.tree.leaves(args))
         return jax.tree.unflatten(structure, leaves)
 
     return run

@@ -186,10 +186,8 @@ def check_rows(name: str, size: int | None, rows: Any) -> None:
     if isinstance(rows, Tracer):
         return
     low, high = int(rows.min()), int(rows.max())
-    most = int(jnp.iinfo(jnp.result_type(int)).max)
-    most = most if size is None else min(most, size - 1)
-    if low < 0 or high > most:
-        where = f"outside 0 to {most}"
+    if low < 0 or (size is not None and high >= size):
+        where = "below 0" if size is None else f"outside 0 to {size - 1}"
         raise RowsError(
             f"The rows pinned for {plate} run from {low} to {high}, {where}. JAX would "
             "clamp them to other rows, or count them from the end; pin indices into "

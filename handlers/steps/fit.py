@@ -1,11 +1,12 @@
-"""The training loop: batches by the epoch, through one compiled step."""
+"""The training loop: batches by the epoch, through one compiled program."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from operator import length_hint
 from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,8 @@ from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
 from ..batches.minibatch import Minibatch, as_minibatch
+from .chunks import Chunks, Sizes, in_turn
+from .start import check_key
 
 if TYPE_CHECKING:
     from .subsample_svi import SubsampleSVI
@@ -31,7 +34,8 @@ class FitResult(NamedTuple):
     params : dict
         The parameters of `state`, as ``svi.get_params`` returns them.
     state : SVIState
-        The last state. With `patience`, the state of the best validation loss.
+        The last state. With `patience`, the state of the best validation loss, unless
+        Ctrl-C or an error ended the fit.
     losses : array of shape (steps,)
         The loss of each step.
     epoch_losses : array of shape (epochs,)
@@ -39,7 +43,8 @@ class FitResult(NamedTuple):
     validation_losses : array of shape (epochs,)
         The mean validation loss of each complete epoch. Empty without validation.
     stopped : str or None
-        What ended the fit early: ``"patience"``, ``"callback"`` or ``"interrupt"``.
+        What ended the fit early: ``"patience"``, ``"callback"``, ``"interrupt"`` or
+        ``"error"``.
     compilations : int
         How often JAX compiled the training step.
     """
@@ -54,7 +59,7 @@ class FitResult(NamedTuple):
 
 
 def fit(
-    svi: SubsampleSVI,
+    self: SubsampleSVI,
     rng_key: jax.Array,
     batches: Batches,
     epochs: int = 1,
@@ -67,8 +72,9 @@ def fit(
     progress_bar: bool = True,
     stable_update: bool = False,
     check_finite: bool = True,
+    steps_per_dispatch: int | None = None,
 ) -> FitResult:
-    """Train on batches for several epochs, with one compiled step.
+    """Train on batches for several epochs, with one compiled program.
 
     Parameters
     ----------
@@ -106,6 +112,11 @@ def fit(
         The mean loss leaves them out.
     check_finite : bool, default True
         Check after each epoch that the losses are finite.
+    steps_per_dispatch : int, optional
+        At most how many steps to hand to the device at once. Their batches are in
+        memory together. By default, as many as fit 4 MiB, at most 64. It is 1 where
+        batches hold JAX arrays, which are on the device already. Losses are the same
+        up to rounding, whatever it is.
 
     Returns
     -------
@@ -114,21 +125,41 @@ def fit(
 
     Raises
     ------
+    TypeError
+        If `rng_key` is not a random key.
     FloatingPointError
         If a loss is not finite and `check_finite` is true. With `stable_update`, only
         if no loss of an epoch is finite.
     ValueError
         If `batches` is an iterator, which ends after one epoch, and `epochs` asks for
         more; if an epoch has no batch; if `patience` is given without `validation`, or
-        `initial_epoch` without `state`.
+        `initial_epoch` without `state`; if a number is smaller than 1.
+    Exception
+        Whatever `batches`, `callback`, the model or the guide raise.
+
+    Warns
+    -----
+    UserWarning
+        Once, if the step is compiled for a third size of batches without capacity.
 
     Notes
     -----
+    An error that ends the fit has an attribute ``fit_result``: the ``FitResult`` of
+    all steps before it. Two kinds have none: errors before the first step, and those
+    that come out of a step that runs, as from ``jax.pure_callback``, since the device
+    has lost the state then.
+
     The mean loss of an epoch gives each row the same weight: a step has the count of
     the first plate in its batch's `rows` as weight. Batches without rows have the same
     weight.
 
-    Losses are fetched once an epoch, so JAX runs a step while the next batch is made.
+    Consecutive batches of one shape are stacked on the host, and one program steps
+    through them. It takes any number of them, so that the short rest of an epoch needs
+    no other program. Batches are made in the calling thread while the device works on
+    those before. All batches of an epoch have been trained on before its validation,
+    its callback, and the first batch of the next epoch; after an error or Ctrl-C, so
+    have all that were made. Losses are fetched once an epoch.
+
     Each call compiles again. For work between epochs, use a callback.
 
     Examples
@@ -138,9 +169,19 @@ def fit(
     ...     for rows in np.split(order, range(256, len(X), 256)):
     ...         yield minibatch(X[rows], rows={"n": rows}, capacity=256)
     >>> result = svi.fit(jax.random.key(0), batches, epochs=50)
+
+    A loader that may fail:
+
+    >>> try:
+    ...     result = svi.fit(jax.random.key(0), loader, epochs=50)
+    ... except OSError as error:
+    ...     result = error.fit_result
     """
-    _check_arguments(epochs, state, initial_epoch, validation, patience)
-    if initial_epoch >= epochs and svi.constrain_fn is None:
+    check_key(rng_key)
+    _check_arguments(
+        epochs, state, initial_epoch, validation, patience, steps_per_dispatch
+    )
+    if initial_epoch >= epochs and self.constrain_fn is None:
         raise ValueError(
             f"No epoch is left after {initial_epoch} of {epochs}, and this SVI has not "
             "seen the model yet. Call svi.init first, or leave the fit out."
@@ -149,46 +190,93 @@ def fit(
         _check_batches(what, given, epochs - initial_epoch)
     compilations = 0
 
+    def one(state: SVIState, _: Any, batch: Minibatch) -> tuple[SVIState, Any]:
+        return (self.stable_update if stable_update else self.update)(state, batch)
+
     @partial(jax.jit, donate_argnums=0)
-    def step(state: SVIState, batch: Minibatch) -> tuple[SVIState, Any]:
+    def step(state: SVIState, batch: Any, count: Any) -> tuple[SVIState, Any]:
         # Python runs this only when JAX traces, once per compilation.
         nonlocal compilations
         compilations += 1
-        return (svi.stable_update if stable_update else svi.update)(state, batch)
+        return in_turn(one, state, batch, count)
 
     @jax.jit
-    def evaluate(state: SVIState, number: int, batch: Minibatch) -> Any:
-        key = jax.random.fold_in(rng_key, number)
-        return svi.evaluate(state._replace(rng_key=key), batch)
+    def evaluate(state: SVIState, batch: Any, count: Any, number: Any) -> Any:
+        def one(_: None, place: Any, batch: Minibatch) -> tuple[None, Any]:
+            key = jax.random.fold_in(rng_key, number + place)
+            return None, self.evaluate(state._replace(rng_key=key), batch)
+
+        return in_turn(one, None, batch, count)[1]
+
+    def train(batch: Any, count: Any, _: int) -> Any:
+        nonlocal now, compilations
+        before = compilations
+        try:
+            now, losses = step(now, batch, count)
+        except Exception:
+            compilations = before
+            raise
+        bar.bar_format = None
+        return losses
+
+    def hold_out(batch: Any, count: Any, number: int) -> Any:
+        return evaluate(now, batch, count, number)
+
+    def initialised(batches: Iterator[Minibatch]) -> Iterator[Minibatch]:
+        nonlocal now
+        for batch in batches:
+            if now is None or self.constrain_fn is None:
+                # `init` also sets up a new SVI that is given a state.
+                fresh = self.init(rng_key, batch)
+                now = fresh if now is None else now
+            yield batch
 
     now: Any = None if state is None else jax.tree.map(jnp.copy, state)
     passes: list[_Losses] = []
     epoch_losses: list[float] = []
     validation_losses: list[float] = []
     best, best_loss, worse = None, np.inf, 0
-    stopped, whole_step = None, _WholeStep()
-    bar = tqdm(unit="step", disable=not progress_bar)
+    stopped, whole_step, sizes = None, _WholeStep(), Sizes()
+    # Until there is a step to count, its description is all that is shown.
+    bar = tqdm(
+        desc="initialising", bar_format="{desc}", unit="step", disable=not progress_bar
+    )
+    training = Chunks(train, steps_per_dispatch, whole_step)
+    validating = Chunks(hold_out, steps_per_dispatch, whole_step)
+
+    def result(stopped: str | None) -> FitResult:
+        return FitResult(
+            params=self.get_params(now),
+            state=now,
+            losses=np.concatenate([np.zeros(0), *(own.fetch() for own in passes)]),
+            epoch_losses=np.array(epoch_losses),
+            validation_losses=np.array(validation_losses),
+            stopped=stopped,
+            compilations=compilations,
+        )
+
     with bar, _interrupts_handled_by(whole_step.on_interrupt):
         try:
             for epoch in range(initial_epoch, epochs):
-                bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
+                given = _of_epoch(batches, epoch)
+                steps = length_hint(given) or (len(passes[-1].counts) if passes else 0)
+                bar.total = bar.n + (epochs - epoch) * steps or None
                 losses = _Losses("step", epoch, skips=stable_update)
                 passes.append(losses)
-                for batch in _batches_of(batches, epoch):
-                    if now is None or svi.constrain_fn is None:
-                        # `init` also sets up a new SVI that is given a state.
-                        fresh = svi.init(rng_key, batch)
-                        now = fresh if now is None else now
-                    with whole_step:
-                        now, loss = step(now, batch)
-                        losses.add(batch, loss)
-                    bar.update()
+
+                def done(some: list, of_some: Any, losses: _Losses = losses) -> None:
+                    losses.add(some, of_some)
+                    sizes.see(some[0])
+                    bar.update(len(some))
+
+                bar.set_description_str(f"epoch {epoch + 1}/{epochs}", refresh=False)
+                training.run(initialised(_checked(given, epoch)), done)
                 epoch_losses.append(losses.mean(check_finite))
                 shown = {"loss": f"{epoch_losses[-1]:,.4f}"}
                 if validation is not None:
                     held_out = _Losses("validation batch", epoch)
-                    for number, batch in enumerate(_batches_of(validation, epoch)):
-                        held_out.add(batch, evaluate(now, number, batch))
+                    given = _of_epoch(validation, epoch)
+                    validating.run(_checked(given, epoch), held_out.add)
                     validation_losses.append(held_out.mean(check_finite))
                     shown["validation"] = f"{validation_losses[-1]:,.4f}"
                 bar.total = bar.n + (epochs - epoch - 1) * len(losses.counts)
@@ -210,15 +298,20 @@ def fit(
             if now is None or any(x.is_deleted() for x in jax.tree.leaves(now)):
                 raise
             stopped = "interrupt"
-    return FitResult(
-        params=svi.get_params(now),
-        state=now,
-        losses=np.array([loss for losses in passes for loss in losses.fetch()]),
-        epoch_losses=np.array(epoch_losses),
-        validation_losses=np.array(validation_losses),
-        stopped=stopped,
-        compilations=compilations,
-    )
+        except BaseException as error:
+            reached = None
+            # A step that has failed on the device leaves nothing that can be read.
+            with suppress(Exception):
+                reached = jax.block_until_ready(result("error"))
+            if reached is not None:
+                error.fit_result = reached  # ty: ignore[unresolved-attribute]
+                error.add_note(
+                    f"This ended fit in epoch {epoch} (from 0), after "
+                    f"{len(reached.losses)} steps. The FitResult of these steps is the "
+                    "attribute fit_result of this error."
+                )
+            raise
+    return result(stopped)
 
 
 class _WholeStep:
@@ -235,6 +328,7 @@ class _WholeStep:
     def __exit__(self, *_: Any) -> None:
         self.running = False
         if self.interrupted:
+            self.interrupted = False
             raise KeyboardInterrupt
 
     def on_interrupt(self, *_: Any) -> None:
@@ -266,15 +360,18 @@ class _Losses:
         self._weights: list[int] = []
         self.counts: list[dict[str, Any]] = []
 
-    def add(self, batch: Minibatch, loss: Any) -> None:
-        self._losses.append(loss)
-        self.counts.append(batch.counts)
-        self._weights.append(batch.counts[next(iter(batch.rows))] if batch.rows else 1)
+    def add(self, batches: Sequence[Minibatch], losses: Any) -> None:
+        """Add the losses of some batches, the first ones of an array."""
+        self._losses.append((losses, len(batches)))
+        for batch in batches:
+            counts, rows = batch.counts, batch.rows
+            self.counts.append(counts)
+            self._weights.append(counts[next(iter(rows))] if rows else 1)
 
     def fetch(self) -> np.ndarray:
-        # Ten times as fast as `jax.device_get` of a list of scalars.
-        self._losses[:] = [float(np.asarray(loss)) for loss in self._losses]
-        return np.array(self._losses)
+        arrays = [np.atleast_1d(losses)[:count] for losses, count in self._losses]
+        self._losses = [(array, len(array)) for array in arrays]
+        return np.concatenate([np.zeros(0), *arrays])
 
     def mean(self, check_finite: bool) -> float:
         """Return the mean loss of the rows."""
@@ -299,7 +396,7 @@ class _Losses:
         counts = self.counts[number].items()
         held = [f"{count} rows of plate '{plate}'" for plate, count in counts]
         raise FloatingPointError(
-            f"The loss is {self._losses[number]} in {self._what} {number} of epoch "
+            f"The loss is {self.fetch()[number]} in {self._what} {number} of epoch "
             f"{self._epoch} (both from 0), with {', '.join(held) or 'no plate named'}. "
             "Likely reasons: the data are not finite; rows or counts that "
             "minibatch(...) did not check are out of range; the step size is too "
@@ -314,9 +411,12 @@ def span(counts: Sequence[int] | np.ndarray) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _batches_of(batches: Batches, epoch: int) -> Iterator[Minibatch]:
+def _of_epoch(batches: Batches, epoch: int) -> Iterable[Any]:
+    return batches if isinstance(batches, Iterable) else batches(epoch)
+
+
+def _checked(given: Iterable[Any], epoch: int) -> Iterator[Minibatch]:
     """Yield the batches of an epoch."""
-    given = batches if isinstance(batches, Iterable) else batches(epoch)
     batch = None
     for batch in map(as_minibatch, given):
         yield batch
@@ -333,11 +433,16 @@ def _check_arguments(
     initial_epoch: int,
     validation: Batches | None,
     patience: int | None,
+    steps_per_dispatch: int | None,
 ) -> None:
-    if epochs < 1 or (patience is not None and patience < 1):
-        raise ValueError(
-            f"epochs and patience must be at least 1, but are {epochs} and {patience}."
-        )
+    numbers = {
+        "epochs": epochs,
+        "patience": patience,
+        "steps_per_dispatch": steps_per_dispatch,
+    }
+    for what, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{what} must be at least 1, but is {number}.")
     if initial_epoch and state is None:
         raise ValueError(
             f"initial_epoch is {initial_epoch}, but there is no state to go on from. "

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
 from numpyro.infer.svi import SVIState
 
@@ -24,6 +26,7 @@ from .fit import fit
 from .grow import grown
 from .optimizers import check_goes_by_gradients
 from .rowwise import rowwise_step
+from .start import check_key, check_seen, init_at_once
 
 
 class SubsampleSVI(SVI):
@@ -147,13 +150,16 @@ class SubsampleSVI(SVI):
         SVIState
             Arrays of its own, which a step may be allowed to overwrite.
         """
+        check_key(rng_key)
         batch = self._unpacked(args, kwargs)
+        numpyro_init = partial(super().init, init_params=init_params)
+
+        def init(rng_key: jax.Array) -> SVIState:
+            return numpyro_init(rng_key, *batch.args, **batch.kwargs)
+
+        given = batch.args, {**batch.kwargs, **self.static_kwargs}
         with self._on(batch), internals.search_compiled():
-            state = super().init(
-                rng_key, *batch.args, init_params=init_params, **batch.kwargs
-            )
-        # The guide keeps its initial values; a step may be allowed to overwrite these.
-        return jax.tree.map(jnp.copy, state)
+            return init_at_once(self, init, rng_key, *given)
 
     def update(
         self,
@@ -226,8 +232,11 @@ class SubsampleSVI(SVI):
         array of shape ()
             The loss, an estimate for all rows.
         """
+        check_seen(self)
         batch = self._unpacked(args, kwargs)
-        with self._on(batch):
+        # NumPyro gives the parameters alone to the loss.
+        carried = substitute(data=svi_state.mutable_state or {})
+        with self._on(batch), carried:
             return super().evaluate(svi_state, *batch.args, **batch.kwargs)
 
     fit = fit
@@ -284,6 +293,7 @@ class SubsampleSVI(SVI):
         --------
         >>> state = svi.grow(state, minibatch(X[rows], rows={"n": rows}))
         """
+        check_seen(self)
         batch = self._unpacked(args, kwargs)
         with self._on(batch):
             return grown(self, svi_state, batch.args, batch.kwargs)
@@ -296,6 +306,7 @@ class SubsampleSVI(SVI):
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[SVIState, Any]:
+        check_seen(self)
         batch = self._unpacked(args, kwargs)
 
         def ordinary(state: SVIState) -> tuple[SVIState, Any]:

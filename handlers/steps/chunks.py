@@ -1,0 +1,228 @@
+"""Several steps in one dispatch: batches of one shape, stacked on the host."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..batches.minibatch import Minibatch
+from ..effect.data_flow import warn
+
+# A dispatch takes some 0.1 ms on the host, most of what a step on a small batch takes
+# and nothing beside one on a large batch. So batches go together up to so many bytes.
+BYTES, STEPS = 2**22, 64
+# So long a device that has nothing to do waits for more batches.
+SECONDS = 1e-3
+
+
+def in_turn(
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    batch: Any,
+    count: Any,
+) -> tuple[Any, Any]:
+    """Take one step, or some in turn, inside of a compiled function.
+
+    Parameters
+    ----------
+    step : callable
+        Takes what is carried, the place of the batch and the batch, and returns what is
+        carried and the loss.
+    carry : pytree
+        What the first step takes.
+    batch : pytree
+        A batch, or several stacked along a first axis of size `room`.
+    count : int, or None
+        How many of the stacked batches to use, the first ones. None for one batch that
+        is not stacked. As the count is traced, one program serves all of them.
+
+    Returns
+    -------
+    carry : pytree
+        What the last step returned.
+    losses : array of shape () or (room,)
+        The losses of the steps, and zeros.
+    """
+    if count is None:
+        return step(carry, 0, batch)
+
+    def body(place: Any, now: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, losses = now
+        own = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, place, keepdims=False),
+            batch,
+        )
+        carry, loss = step(carry, place, own)
+        return carry, losses.at[place].set(loss)
+
+    room = len(jax.tree.leaves(batch)[0])
+    return jax.lax.fori_loop(0, count, body, (carry, jnp.zeros(room)))
+
+
+class Chunks:
+    """Hands batches on in chunks, and goes on to gather while the device works.
+
+    A chunk ends when it is full, when a batch of another shape comes, at the end of the
+    batches, and when the device waits. Results do not depend on where it ends.
+
+    Parameters
+    ----------
+    dispatch : callable
+        Called as ``dispatch(batch, count, number)`` with what ``in_turn`` takes and the
+        number of the first batch. Returns the losses, still being computed.
+    at_most : int, optional
+        At most how many batches a chunk has; by default, as many as fit ``BYTES``.
+    whole : context manager, optional
+        Entered around all that must not be interrupted halfway.
+    """
+
+    def __init__(
+        self,
+        dispatch: Callable[[Any, Any, int], Any],
+        at_most: int | None = None,
+        whole: AbstractContextManager | None = None,
+    ) -> None:
+        self._dispatch, self._at_most = dispatch, at_most
+        self._whole = nullcontext() if whole is None else whole
+        self._gathered: list[Minibatch] = []
+        self._running: deque[Any] = deque()
+        self._shape: Any = None
+
+    def run(
+        self, batches: Iterable[Minibatch], done: Callable[[list, Any], None]
+    ) -> None:
+        """Hand on all batches.
+
+        Parameters
+        ----------
+        batches : iterable
+            The batches. If it raises an error, those before are handed on.
+        done : callable
+            Called with the batches of each chunk, and their losses.
+        """
+        self._done, self._number = done, 0
+        self._since = time.perf_counter()
+        try:
+            for batch in batches:
+                shape, size = _shape(batch)
+                if self._gathered and shape != self._shape:
+                    with self._whole:
+                        self._hand_on()
+                with self._whole:
+                    self._add(batch, shape, size)
+        finally:
+            with self._whole:
+                self._hand_on()
+
+    def _add(self, batch: Minibatch, shape: Any, size: int) -> None:
+        self._gathered.append(batch)
+        self._shape, self._room = shape, self._room_for(shape, size)
+        waits = all(losses.is_ready() for losses in self._running)
+        late = time.perf_counter() - self._since > SECONDS
+        if len(self._gathered) >= self._room or (waits and late):
+            self._hand_on()
+
+    def _room_for(self, shape: Any, size: int) -> int:
+        if shape is None or jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+            return 1  # JAX cannot tell which operation of a loop made a NaN.
+        return self._at_most or min(max(BYTES // max(size, 1), 1), STEPS)
+
+    def _hand_on(self) -> None:
+        # Taken first, so that what has failed is not tried again.
+        batches, self._gathered = self._gathered, []
+        if not batches:
+            return
+        while len(self._running) > 1:
+            # The memory holds the chunk at work, the next and one that is gathered.
+            self._running.popleft().block_until_ready()
+        if self._room == 1:
+            self._one_by_one(batches)
+        else:
+            stacked = _stacked(batches, self._room)
+            try:
+                self._go(batches, stacked, np.int32(len(batches)))
+            except (NotImplementedError, TypeError):
+                # A loop needs a state whose types stay, and knows fewer effects. If
+                # that is not the reason, a single step fails, too.
+                self._at_most = 1
+                self._one_by_one(batches)
+        self._since = time.perf_counter()
+
+    def _one_by_one(self, batches: list[Minibatch]) -> None:
+        for batch in batches:
+            self._go([batch], batch, None)
+
+    def _go(self, batches: list[Minibatch], given: Any, count: Any) -> None:
+        losses = self._dispatch(given, count, self._number)
+        self._running.append(losses)
+        self._number += len(batches)
+        self._done(batches, losses)
+
+
+def _shape(batch: Minibatch) -> tuple[Any, int]:
+    """Return what batches of a chunk have in common, if it can be, and the size."""
+    leaves, structure = jax.tree.flatten(batch)
+    if not leaves or not all(isinstance(x, np.ndarray | np.generic) for x in leaves):
+        return None, 0
+    return (
+        (structure, [(leaf.shape, leaf.dtype) for leaf in leaves]),
+        sum(leaf.nbytes for leaf in leaves),
+    )
+
+
+def _stacked(batches: list[Minibatch], room: int) -> Minibatch:
+    """Stack batches along a new first axis of a size; the rest of it holds anything."""
+
+    def stack(*leaves: Any) -> np.ndarray:
+        dtype = jax.dtypes.canonicalize_dtype(leaves[0].dtype)
+        # A new one each time: the device may still read the last one.
+        whole = np.empty((room, *leaves[0].shape), dtype)
+        for place, leaf in enumerate(leaves):
+            whole[place] = leaf
+        return whole
+
+    return jax.tree.map(stack, *batches)
+
+
+class Sizes:
+    """Tells once of batches that let a step be compiled again and again."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, set[int]] = {}
+        self._shapes: list[Any] = []
+        self._told = False
+
+    def see(self, batch: Minibatch) -> None:
+        """Note a batch whose shape may be new."""
+        if self._told:
+            return
+        shape = jax.tree.structure(batch), [np.shape(x) for x in jax.tree.leaves(batch)]
+        if shape in self._shapes:
+            return
+        self._shapes.append(shape)
+        for plate, count in batch.counts.items():
+            if plate not in batch.padded:
+                self._seen.setdefault(plate, set()).add(int(count))
+        ragged = {p: own for p, own in self._seen.items() if len(own) > 2}
+        if (batch.rows and not ragged) or len(self._shapes) < 3:
+            return
+        self._told = True
+        sizes = " and ".join(
+            f"{', '.join(f'{n:,}' for n in sorted(own))} rows of plate '{plate}'"
+            for plate, own in ragged.items()
+        )
+        capacity = {plate: max(own) for plate, own in ragged.items()} or "..."
+        warn(
+            f"fit has compiled the step for {len(self._shapes)} shapes of batch"
+            f"{sizes and ', with ' + sizes}. Each new one takes as long again. Give "
+            "all of them the same: minibatch(..., rows=..., "
+            f"capacity={capacity}), with the largest counts that there are.",
+            UserWarning,
+        )
