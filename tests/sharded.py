@@ -61,7 +61,7 @@ def padded(guide, optimizer, **options):
     svi = SubsampleSVI(model, guide, optimizer, Trace_ELBO(), **options)
 
     def call(run, argument, batch, rows, count):
-        return run(argument, batch, told(rows={"rows": rows}, counts={"rows": count}))
+        return run(argument, told(batch, rows={"rows": rows}, counts={"rows": count}))
 
     return svi, call
 

@@ -151,9 +151,7 @@ def test_old_rows_stay_and_new_rows_are_fresh(guide, optim, batch):
     # The fit goes on, and touches the rows of its batch only.
     rows = jnp.array([7, 2])
     step(svi, grown, data(NEW)[rows], NEW, rows)
-    with pytest.raises(
-        ValueError, match="of the whole data set, here 8.*size 5"
-    ):
+    with pytest.raises(ValueError, match="of the whole data set, here 8.*size 5"):
         svi.grow(grown, told(data(OLD)[:2], OLD, rows={"n": jnp.array([3, 1])}))
     if guide != "by hand":
         answer = svi.guide.sample_posterior(

@@ -23,7 +23,7 @@ from numpyro.infer import (
 from numpyro.infer import util as initialisation
 from numpyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoNormal
 
-from checks import assert_close
+from checks import assert_close, told
 from models import N, X
 from numpyro_dynamic_subsample import (
     MisalignedSubsampleWarning,
@@ -46,8 +46,9 @@ def model(x, scale=1.0):
         numpyro.sample("y", dist.Normal(a, 1), obs=x)
 
 
-def init(svi, **options):
-    return svi.init(jax.random.key(3), X[:4], **options)
+def init(svi, rows=None):
+    batch = X[:4] if rows is None else told(X[:4], rows=rows)
+    return svi.init(jax.random.key(3), batch)
 
 
 ROWS = {"n": np.arange(4)}
@@ -77,7 +78,7 @@ def test_initial_values_are_numpyros(guide, strategy):
         optax.adam(0.1),
         Trace_ELBO(),
     )
-    found = own.get_params(init(own, indices=ROWS))
+    found = own.get_params(init(own, rows=ROWS))
     with numpyro.handlers.substitute(data={"n": jnp.arange(4)}):
         wanted = by_hand.get_params(init(by_hand))
     assert found.keys() == wanted.keys()
@@ -99,7 +100,7 @@ def test_parameters_that_are_drawn_get_numpyros_keys(guide):
         svi(net, guide(net), optax.adam(0.1), Trace_ELBO())
         for svi in (SubsampleSVI, SVI)
     )
-    state = own.init(jax.random.key(3), X, indices=full)
+    state = own.init(jax.random.key(3), told(X, rows=full))
     wanted = by_hand.init(jax.random.key(3), X)
     assert_close(state, wanted, rtol=1e-6, atol=1e-7)
 
@@ -114,7 +115,7 @@ def test_rows_that_are_pinned_are_not_drawn_as_well(monkeypatch):
 
     monkeypatch.setattr(primitives, "_subsample_fn", counted)
     svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
-    init(svi, indices=ROWS)
+    init(svi, rows=ROWS)
     assert not drawn
     with pytest.warns(MisalignedSubsampleWarning):
         init(SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO()))
@@ -162,7 +163,7 @@ def test_state_of_a_model_that_has_not_been_seen():
     new = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
     with pytest.raises(ValueError, match=r"Call svi.init\(key, batch\) once"):
         check_seen(new)
-    init(new, indices=ROWS)
+    init(new, rows=ROWS)
     check_seen(new)
 
 
@@ -178,7 +179,7 @@ def test_programs_are_those_of_search_and_init_and_are_compiled_once(made):
     search = initialisation.find_valid_initial_params
     for x in (X[:4], X[4:8]):
         svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
-        svi.init(jax.random.key(0), x, indices=ROWS)
+        svi.init(jax.random.key(0), told(x, rows=ROWS))
         assert len(made) == 2
     assert initialisation.find_valid_initial_params is search
 
@@ -194,7 +195,7 @@ def test_model_that_needs_values_is_searched_as_numpyro_does(made):
         svi(by_value, AutoDelta(by_value), optax.adam(0.1), Trace_ELBO())
         for svi in (SubsampleSVI, SVI)
     )
-    params = own.get_params(init(own, indices=ROWS))
+    params = own.get_params(init(own, rows=ROWS))
     assert not made
     with numpyro.handlers.substitute(data={"n": jnp.arange(4)}):
         assert params == by_hand.get_params(init(by_hand))
@@ -209,15 +210,14 @@ def test_values_that_are_not_valid_are_an_error():
         impossible, AutoNormal(impossible), optax.adam(0.1), Trace_ELBO()
     )
     with pytest.raises(RuntimeError, match="Cannot find valid initial parameters"):
-        init(svi, indices=ROWS)
+        init(svi, rows=ROWS)
 
 
 def test_init_can_be_compiled():
     svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
-    compiled = jax.jit(lambda: init(svi, indices=ROWS))()
+    compiled = jax.jit(lambda: init(svi, rows=ROWS))()
     state = init(
-        SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO()),
-        indices=ROWS,
+        SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO()), rows=ROWS
     )
     for own, other in zip(
         jax.tree.leaves(compiled.optim_state),
@@ -230,7 +230,7 @@ def test_init_can_be_compiled():
 def test_no_tracer_is_left_behind():
     with jax.checking_leaks():
         svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
-        state = init(svi, indices=ROWS)
+        state = init(svi, rows=ROWS)
     values = internals.initial_values(svi.guide.fn)
     assert all(isinstance(own, jax.Array) for own in values.values())
     posterior = svi.guide.median(svi.get_params(state))
@@ -241,6 +241,6 @@ def test_strategy_that_holds_values():
     strategy = init_to_value(values={"mu": 2.0, "a": X})
     guide = AutoNormal(model, init_loc_fn=strategy)
     svi = SubsampleSVI(model, guide, optax.adam(0.1), Trace_ELBO())
-    params = svi.get_params(init(svi, indices=ROWS))
+    params = svi.get_params(init(svi, rows=ROWS))
     np.testing.assert_allclose(params["mu_auto_loc"], np.log(2.0), rtol=1e-6)
     np.testing.assert_allclose(params["a_auto_loc"], X, rtol=1e-6)

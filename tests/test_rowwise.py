@@ -78,7 +78,7 @@ class PinnedSVI(SVI):
         with handlers.substitute(data=batch.pinned):
             return super().init(key, *batch.args)
 
-    def update(self, state, batch):
+    def update(self, state, batch, size=None):
         with handlers.substitute(data=batch.pinned):
             return super().update(state, *batch.args)
 
@@ -416,7 +416,5 @@ def test_rows_may_be_of_a_type_too_narrow_for_the_size():
 def test_particles_that_draw_rows_are_refused():
     loss = Trace_ELBO(num_particles=2)
     svi = SubsampleSVI(independent, AutoNormal(independent), ADAM, loss, rowwise=True)
-    message = (
-        r"2 particles draws rows of its own from plate 'n' \(size 8\).*rows=\{'n'"
-    )
+    message = r"2 particles draws rows of its own from plate 'n' \(size 8\).*rows=\{'n'"
     refused(svi, X[:3], X[:3], message)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -306,8 +306,17 @@ class predicting(Handler):
     ----------
     of_all_rows : bool
         Whether its samples are of all rows, or of the batch.
+    samples : collection of str, optional
+        The sites that it has samples of, if they are known.
     """
 
-    def __init__(self, of_all_rows: bool) -> None:
+    def __init__(
+        self, of_all_rows: bool, samples: Collection[str] | None = None
+    ) -> None:
         super().__init__()
         self.of_all_rows = of_all_rows
+        self._samples = samples
+
+    def gives(self, site: str) -> bool:
+        """Tell whether the value of a site is a sample."""
+        return self._samples is None or site in self._samples

@@ -127,7 +127,7 @@ def _known_as_such(run: Any) -> Callable:
         of_all_rows = predictive.guide is None if known is None else known.of_all_rows
         if of_all_rows:
             check_predictive(predictive, args, kwargs)
-        with predicting(of_all_rows):
+        with predicting(of_all_rows, predictive.posterior_samples):
             return run(predictive, rng_key, *args, **kwargs)
 
     return predict

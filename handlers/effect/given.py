@@ -46,6 +46,7 @@ def taking_rows(process: Callable) -> Callable:
 
 
 def _rows_of(value: Any, giver: Any, msg: dict[str, Any]) -> Any:
+    site = msg["name"].removesuffix("__CF")  # as `do` calls what it replaces
     frames = {(frame.dim, frame.size) for frame in msg["cond_indep_stack"]}
     call = internals.find(follow_model)
     if call is not None and call.reading and frames:
@@ -60,9 +61,9 @@ def _rows_of(value: Any, giver: Any, msg: dict[str, Any]) -> Any:
         axis = plate.dim - msg["fn"].event_dim
         of_all = jnp.ndim(value) >= -axis and jnp.shape(value)[axis] == plate.size
         if plate.subsample_size == plate.size:
-            of_all = of_all and _is_of_all_rows(giver, plate, msg["name"])
+            of_all = of_all and _is_of_all_rows(giver, plate, site)
         if of_all or isinstance(giver, do):
-            _check_reach(giver, plate, msg["name"])
+            _check_reach(giver, plate, site)
         if of_all:
             value = take_rows(value, rows, plate.size, axis)
     return value
@@ -71,7 +72,7 @@ def _rows_of(value: Any, giver: Any, msg: dict[str, Any]) -> Any:
 def _is_of_all_rows(giver: Any, plate: Any, site: str) -> bool:
     """Tell what a value is of where the plate takes all rows in another order."""
     prediction = internals.find(predicting)
-    if prediction is not None and isinstance(giver, substitute):
+    if prediction is not None and not isinstance(giver, do) and prediction.gives(site):
         return prediction.of_all_rows
     if internals.find(follow_model) is not None and not isinstance(giver, condition):
         # What runs within a guide gives values of the batch.
