@@ -130,8 +130,10 @@ class Chunks:
             self._hand_on()
 
     def _room_for(self, shape: Any, size: int) -> int:
-        if shape is None or jax.config.jax_debug_nans or jax.config.jax_debug_infs:
-            return 1  # JAX cannot tell which operation of a loop made a NaN.
+        # JAX cannot tell which operation of a loop has made a NaN.
+        debugs = [getattr(jax.config, f"jax_debug_{what}") for what in ("nans", "infs")]
+        if shape is None or any(debugs):
+            return 1
         return self._at_most or min(max(BYTES // max(size, 1), 1), STEPS)
 
     def _hand_on(self) -> None:
