@@ -157,7 +157,7 @@ def test_slow_loaders_do_not_let_the_device_wait():
 
     def slow():
         for number in range(3):
-            time.sleep(0.01)
+            time.sleep(0.02)
             assert len(sent) == number
             yield as_minibatch(np.zeros(2))
 
