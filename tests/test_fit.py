@@ -24,6 +24,7 @@ from checks import assert_close, assert_equal
 from models import Tensor, hierarchy
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 from numpyro_dynamic_subsample.batches.minibatch import as_minibatch
+from numpyro_dynamic_subsample.steps import chunks as chunks_module
 from numpyro_dynamic_subsample.steps.chunks import Chunks
 
 ROWS, CAPACITY = 20, 8
@@ -156,12 +157,29 @@ def test_slow_loaders_do_not_let_the_device_wait():
 
     def slow():
         for number in range(3):
-            time.sleep(0.01)
+            time.sleep(0.02)
             assert len(sent) == number
             yield as_minibatch(np.zeros(2))
 
     Chunks(lambda *of: dispatch(*of).view(Ready)).run(slow(), lambda *_: None)
     assert sent == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("made", "debug", "counts"),
+    [(np.zeros, False, [3]), (np.zeros, True, [None] * 3), (jnp.zeros, False, None)],
+)
+def test_steps_that_must_be_alone(made, debug, counts, monkeypatch):
+    sent = []
+
+    def dispatch(batch, count, number):
+        sent.append(count)
+        return jnp.zeros(4)
+
+    monkeypatch.setattr(chunks_module, "SECONDS", 60)
+    with jax.debug_nans(debug):
+        Chunks(dispatch).run([as_minibatch(made(2))] * 3, lambda *_: None)
+    assert sent == (counts or [None] * 3)
 
 
 def test_state_whose_types_change_is_no_loop():

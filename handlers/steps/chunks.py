@@ -18,8 +18,9 @@ from ..effect.data_flow import warn
 # A dispatch takes some 0.1 ms on the host, most of what a step on a small batch takes
 # and nothing beside one on a large batch. So batches go together up to so many bytes.
 BYTES, STEPS = 2**22, 64
-# So long a device that has nothing to do waits for more batches.
-SECONDS = 1e-3
+# A device that has nothing to do waits for more batches, for so many times of what a
+# dispatch has taken at least; before the first, for that of so many seconds.
+TIMES, SECONDS = 10, 1e-3
 
 
 def in_turn(
@@ -94,6 +95,7 @@ class Chunks:
         self._gathered: list[Minibatch] = []
         self._running: deque[Any] = deque()
         self._shape: Any = None
+        self._takes = SECONDS
 
     def run(
         self, batches: Iterable[Minibatch], done: Callable[[list, Any], None]
@@ -125,13 +127,15 @@ class Chunks:
         self._gathered.append(batch)
         self._shape, self._room = shape, self._room_for(shape, size)
         waits = all(losses.is_ready() for losses in self._running)
-        late = time.perf_counter() - self._since > SECONDS
+        late = time.perf_counter() - self._since > TIMES * self._takes
         if len(self._gathered) >= self._room or (waits and late):
             self._hand_on()
 
     def _room_for(self, shape: Any, size: int) -> int:
-        if shape is None or jax.config.jax_debug_nans or jax.config.jax_debug_infs:
-            return 1  # JAX cannot tell which operation of a loop made a NaN.
+        # JAX cannot tell which operation of a loop has made a NaN.
+        debugs = [getattr(jax.config, f"jax_debug_{what}") for what in ("nans", "infs")]
+        if shape is None or any(debugs):
+            return 1
         return self._at_most or min(max(BYTES // max(size, 1), 1), STEPS)
 
     def _hand_on(self) -> None:
@@ -160,7 +164,9 @@ class Chunks:
             self._go([batch], batch, None)
 
     def _go(self, batches: list[Minibatch], given: Any, count: Any) -> None:
+        began = time.perf_counter()
         losses = self._dispatch(given, count, self._number)
+        self._takes = min(self._takes, time.perf_counter() - began)
         self._running.append(losses)
         self._number += len(batches)
         self._done(batches, losses)

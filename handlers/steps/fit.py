@@ -304,7 +304,7 @@ def fit(
             with suppress(Exception):
                 reached = jax.block_until_ready(result("error"))
             if reached is not None:
-                error.fit_result = reached  # ty: ignore[unresolved-attribute]
+                error.fit_result = reached  # ty: ignore[missing-attribute]
                 error.add_note(
                     f"This ended fit in epoch {epoch} (from 0), after "
                     f"{len(reached.losses)} steps. The FitResult of these steps is the "
