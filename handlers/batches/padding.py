@@ -116,7 +116,8 @@ class mask_padding(Handler):
                 _check_scale_may_be_traced(msg, name, capacity, guide_trace)
             scale = 1.0 if msg["scale"] is None else msg["scale"]
             # A Python float divided by an integer leaves the log density its dtype.
-            msg["scale"] = scale * (float(capacity) / count)
+            with jax.numpy_dtype_promotion("standard"):
+                msg["scale"] = scale * (float(capacity) / count)
         msg["fn"] = _ValidRowsDistribution(msg["fn"], mask)
 
     def _count(self, name: str, capacity: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
@@ -347,7 +347,7 @@ class SubsampleSVI(SVI):
             stack.enter_context(context)
             yield
 
-    def _check_padding_can_be_used(self, padded: Iterable[str]) -> None:
+    def _check_padding_can_be_used(self, padded: Collection[str]) -> None:
         if not padded:
             return
         if isinstance(self.loss, RenyiELBO):
