@@ -64,7 +64,8 @@ _STACK = {"numpyro", "jax", "optax", "contextlib", "functools", "threading"}
 
 def warn(message: str, category: type[Warning] = MisalignedSubsampleWarning) -> None:
     """Give a warning whose place is the user's line."""
-    frame, level = inspect.currentframe(), 1
+    frame: Any = inspect.currentframe()
+    level = 1
     skipped = {*_STACK, __name__.partition(".")[0]}
     while frame.f_back is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in skipped:
@@ -137,7 +138,7 @@ def flow(
     plates = list(plates)
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = (jax.Array, np.ndarray, np.number)
-    marked = {
+    marked: dict[str, Any] = {
         f"argument {i}": leaf
         for i, leaf in enumerate(leaves)
         if isinstance(leaf, arrays) and arguments(leaf)
@@ -325,7 +326,7 @@ def _warn_of_drawn_rows(
     Latents whose density in the guide does not depend on the rows, as those of an
     amortised guide, belong to whatever data the batch holds, and nothing is wrong.
     """
-    _, *arguments = call.run
+    _, args, kwargs = call.run
 
     def run_guide(*args: Any, **kwargs: Any) -> None:
         # The rows of drawn plates come from handlers around.
@@ -338,7 +339,12 @@ def _warn_of_drawn_rows(
 
     try:
         of_guide = flow(
-            run_guide, *arguments, [plate], arguments=lambda leaf: False, params=True
+            run_guide,
+            args,
+            kwargs,
+            [plate],
+            arguments=lambda leaf: False,
+            params=True,
         )
         mark = ("rows", plate.name)
         latents = [n for n in latents if n in of_guide and mark in of_guide[n].density]
