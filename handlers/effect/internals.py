@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from hashlib import sha256
 from importlib.metadata import version
 from traceback import walk_tb
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import jax
+import jax.numpy as jnp
 import numpyro
 
 try:
     from jax.core import Tracer, eval_jaxpr
+    from numpyro.contrib.funsor.discrete import _sample_posterior as sample_enumerated
     from numpyro.contrib.funsor.enum_messenger import enum
     from numpyro.contrib.funsor.enum_messenger import plate as enum_plate
     from numpyro.handlers import condition, mask, replay, scope, substitute, trace
@@ -39,7 +42,14 @@ except (AttributeError, ImportError) as error:
         f"{version('numpyro')} and jax {version('jax')} it misses: {error}."
     ) from error
 
-__all__ = ["CondIndepStackFrame", "Messenger", "Optimizer", "Tracer", "eval_provenance"]
+__all__ = [
+    "CondIndepStackFrame",
+    "Messenger",
+    "Optimizer",
+    "Tracer",
+    "eval_provenance",
+    "sample_enumerated",
+]
 
 
 class Handler(Messenger):
@@ -253,6 +263,11 @@ def set_up_prototype(guide: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     guide._setup_prototype(*args, **kwargs)
 
 
+def with_posterior(guide: Any, posterior: Any) -> Any:
+    """Let a joint guide draw from another distribution of all latents."""
+    return replaced(guide, _get_posterior=lambda *args, **kwargs: posterior)
+
+
 def initial_values(guide: Any) -> dict[str, Any]:
     """Return where the latents of a guide start, by site, to be changed."""
     return guide._init_locs
@@ -300,7 +315,7 @@ def forget_first_call(guide: Any) -> None:
 
 # ------------------------------------------------------------------ programs
 
-_programs: dict[int, Callable] = {}
+_programs: dict[Any, Callable] = {}
 
 # They run once, so that compiling is most of what they take.
 _QUICKLY: dict[str, str | bool] = {
@@ -309,23 +324,32 @@ _QUICKLY: dict[str, str | bool] = {
 }
 
 
-def compiled(function: Callable, *args: Any) -> Callable:
+def compiled(function: Callable, *args: Any, quickly: bool = True) -> Callable:
     """Compile a function of arrays, or find the program that computes the same.
 
     The program computes at once, whatever is being traced. What the function closes
-    over is none of its constants, so that other data need no other program.
+    over is none of its constants, so that other data need no other program. A program
+    that calls back is found by nobody else: its text does not say whom it calls.
     """
+    if jax.config.jax_disable_jit:  # ty: ignore[unresolved-attribute]
+        return function
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    consts = [jnp.asarray(const) for const in jaxpr.consts]
     lowered = jax.jit(partial(eval_jaxpr, jaxpr.jaxpr)).lower(
-        jaxpr.consts, *jax.tree.leaves(args)
+        consts, *jax.tree.leaves(args)
     )
-    program = hash(lowered.as_text())
-    if program not in _programs:
-        _programs[program] = lowered.compile(_QUICKLY)
+    text = lowered.as_text()
+    devices = [str(getattr(leaf, "sharding", None)) for leaf in jax.tree.leaves((consts, args))]
+    key = quickly, sha256(text.encode()).digest(), *devices
+    program = None if "callback" in text else _programs.get(key)
+    if program is None:
+        program = lowered.compile(_QUICKLY if quickly else None)
+        if "callback" not in text:
+            _programs[key] = program
     structure = jax.tree.structure(shapes)
 
     def run(*args: Any) -> Any:
-        leaves = _programs[program](jaxpr.consts, *jax.tree.leaves(args))
+        leaves = program(consts, *jax.tree.leaves(args))
         return jax.tree.unflatten(structure, leaves)
 
     return run

@@ -1,312 +1,732 @@
 """Predict the rows of batches, and compute the log likelihoods of their data.
 
-One function is compiled for each shape of batch: it runs guide and model for all
-draws. Padding is removed, and batches are concatenated, outside of it.
+Guide and model draw twice: first what stands outside of the batch's plates, with a key
+of the draw alone, then, given this, what stands in them, with a key of draw and batch.
+So what is global is the same in all batches, and rows of different batches have no
+randomness in common, whoever makes the keys.
 """
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-from zlib import crc32
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_static
+from jax.extend.core import jaxpr_as_fun
 from numpyro.distributions import Unit
-from numpyro.handlers import replay, seed, substitute, trace, uncondition
-from numpyro.infer.autoguide import AutoSemiDAIS
+from numpyro.handlers import block, replay, seed, substitute, trace
+from numpyro.infer.autoguide import (
+    AutoContinuous,
+    AutoLaplaceApproximation,
+    AutoSemiDAIS,
+)
 from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
-from ..batches.minibatch import as_minibatch
-from ..batches.padding import check_count, check_names, valid_rows
+from ..batches.minibatch import Minibatch, as_minibatch
+from ..batches.padding import check_count, check_names
 from ..effect import internals
-from ..effect.guide_call import GuideCall
+from ..effect.dynamic_subsample import dynamic_subsample
 from ..effect.guides import autoguides_in
-from ..effect.plates import PlateRows, check_rows, read_plates
+from ..effect.internals import Handler
+from ..effect.plates import check_rows
+from .enumerated import assignments, is_enumerated, log_likelihoods
 
+if TYPE_CHECKING:
+    from .subsample_svi import SubsampleSVI
 
-@dataclass(frozen=True)
-class Request:
-    """What to compute for each batch.
-
-    Attributes
-    ----------
-    num_samples : int
-        The number of draws.
-    unseen : tuple of str
-        The plates that do not have the rows of the batch yet.
-    return_sites : tuple of str or None
-        The sites to return. None means all deterministic sites, and all sample sites
-        that the guide does not draw.
-    log_likelihood : bool
-        Whether to return log likelihoods of the observed sites instead of draws.
-    """
-
-    num_samples: int
-    unseen: tuple[str, ...] = ()
-    return_sites: tuple[str, ...] | None = None
-    log_likelihood: bool = False
-
-
-@register_static
-@dataclass(frozen=True, eq=False)
-class _Layout:
-    """The plates of guide and model, and where sites hold their rows.
-
-    Known once JAX has traced the compiled function, which returns it as a static part
-    of its result.
-
-    Attributes
-    ----------
-    sizes, subsample_sizes : dict of str to int
-        The sizes of each plate.
-    of_batch : set of str
-        The plates that have other rows in each batch.
-    of_guide : set of str
-        The plates of the guide's latents.
-    axes : dict of str to dict
-        For each site, the axis of each of its plates, counted from the right.
-    """
-
-    sizes: dict[str, int]
-    subsample_sizes: dict[str, int]
-    of_batch: set[str]
-    of_guide: set[str]
-    axes: dict[str, dict[str, int]]
-
-
-_ARRAYS = np.ndarray | np.generic | jax.Array
-
-
-def unpacked(svi: Any, batches: Iterable, progress_bar: bool) -> Iterator[tuple]:
-    """Unpack the batches of a loader for ``predict``."""
-    for item in tqdm(batches, disable=not progress_bar):
-        yield svi._unpacked((as_minibatch(item),), {}, None, None)
+# What the draws that are made at once may take, in bytes.
+_BLOCK = 2**24
+# About how many values as large as the largest are there at the same time.
+_AT_ONCE = 8
 
 
 def predict(
-    svi: Any,
+    self: SubsampleSVI,
     rng_key: jax.Array,
-    state_or_params: Any,
-    batches: Iterable[tuple],
-    request: Request,
+    fitted: Any,
+    batches: Minibatch | Iterable[Any],
+    num_samples: int = 1000,
+    return_sites: Sequence[str] | None = None,
+    unseen: Sequence[str] = (),
+    infer_discrete: bool = False,
+    progress_bar: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Compute a request for each batch, and concatenate the rows of all batches.
-
-    Parameters
-    ----------
-    svi : SubsampleSVI
-        Has the model and the guide.
-    rng_key : jax.Array
-        The random key.
-    state_or_params : SVIState or dict
-        The state, or the parameters.
-    batches : iterable of tuple
-        For each batch: args and kwargs of the model, indices, valid counts.
-    request : Request
-        What to compute.
-
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        The draws of each site, or its log likelihoods.
-
-    Raises
-    ------
-    ValueError
-        If the batches do not fit the plates, or the sites of different batches cannot
-        be concatenated.
-    """
-    params = state_or_params
-    if isinstance(params, SVIState):
-        params = svi.get_params(params) | (params.mutable_state or {})
-    # Values from handlers around become constants of a compiled function.
-    programs = {} if internals.handlers_around() else svi._programs
-    # A copy of an SVI shares the dict, and may have another guide.
-    program = programs.setdefault(
-        id(svi), jax.jit(partial(_draws, svi), static_argnums=0)
+    request = _Request(
+        unseen=tuple(unseen),
+        return_sites=None if return_sites is None else tuple(return_sites),
+        infer_discrete=infer_discrete,
     )
-    parts, layout = [], None
-    for number, (args, kwargs, indices, valid) in enumerate(batches):
-        leaves, structure = jax.tree.flatten((args, kwargs | svi.static_kwargs))
-        arrays = [leaf if isinstance(leaf, _ARRAYS) else None for leaf in leaves]
-        constants = tuple(None if isinstance(a, _ARRAYS) else a for a in leaves)
-        indices = {n: rows for n, rows in indices.items() if n not in request.unseen}
-        counts = jax.tree.map(int, valid_rows(valid).counts)
-        static, batch = (request, structure, constants), (arrays, indices, counts)
-        part, layout = program(static, rng_key, params, number, batch)
-        for name, rows in indices.items():
-            check_rows(name, layout.sizes[name], rows)
-        check_names("valid", counts, layout.sizes)
-        part = jax.device_get(part)
-        for plate, count in counts.items():
-            check_count(plate, count, layout.subsample_sizes[plate])
-            for name, axes in layout.axes.items():
-                if plate in axes:
-                    part[name] = np.split(part[name], [count], axes[plate])[0]
-        parts.append(part)
-    if layout is None:
+    return _computed(self, rng_key, fitted, batches, num_samples, progress_bar, request)
+
+
+def log_likelihood(
+    self: SubsampleSVI,
+    rng_key: jax.Array,
+    fitted: Any,
+    batches: Minibatch | Iterable[Any],
+    num_samples: int = 1000,
+    unseen: Sequence[str] = (),
+    progress_bar: bool = True,
+) -> dict[str, np.ndarray]:
+    request = _Request(unseen=tuple(unseen), log_likelihood=True)
+    return _computed(self, rng_key, fitted, batches, num_samples, progress_bar, request)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What to compute for each draw."""
+
+    unseen: tuple[str, ...] = ()
+    return_sites: tuple[str, ...] | None = None
+    infer_discrete: bool = False
+    log_likelihood: bool = False
+
+
+def _computed(
+    svi: SubsampleSVI,
+    rng_key: jax.Array,
+    fitted: Any,
+    batches: Minibatch | Iterable[Any],
+    num_samples: int,
+    progress_bar: bool,
+    request: _Request,
+) -> dict[str, np.ndarray]:
+    """Compute a request for each batch, and concatenate the rows of all batches."""
+    if isinstance(batches, Minibatch):
+        batches, progress_bar = [batches], False
+    elif isinstance(batches, np.ndarray | jax.Array | Mapping | str):
+        raise ValueError(
+            f"batches must be one Minibatch or an iterable of them, not "
+            f"{type(batches).__name__}: give minibatch(data, rows={{'plate': rows}})."
+        )
+    params = _params(svi, fitted)
+    posteriors = _posteriors(svi, params)
+    keys = jax.random.split(rng_key, num_samples)
+    # Of this call alone: what model and guide close over may be another one later.
+    programs: list[_Program] = []
+    parts: list[dict[str, np.ndarray]] = []
+    for number, item in enumerate(tqdm(batches, disable=not progress_bar)):
+        batch = _Batch(svi, item, request.unseen)
+        arrays = batch.leaves, batch.rows, batch.first
+        given = _Given(params, posteriors, jnp.uint32(number), *arrays)
+        program = next((own for own in programs if own.fits(batch, given)), None)
+        if program is None:
+            program = _Program(svi, request, batch, keys, given)
+            programs.append(program)
+        parts.append(program(batch, keys, given))
+        if parts[0].keys() != parts[-1].keys():
+            differ = sorted(parts[0].keys() ^ parts[-1].keys())
+            raise ValueError(
+                f"Batch {number} gives the sites {sorted(parts[-1])}, and the first "
+                f"batch {sorted(parts[0])}. Give all batches the same arguments, or "
+                f"leave {differ} out by return_sites."
+            )
+    if not parts:
         raise ValueError("There is no batch to predict.")
+    if len(parts) == 1:
+        return parts[0]
+    draws = [program.draw for program in programs]
     return {
-        name: _concatenated(name, [part[name] for part in parts], layout)
-        for name in layout.axes
+        name: _concatenated(name, [part[name] for part in parts], draws)
+        for name in parts[0]
     }
 
 
-def _concatenated(name: str, parts: list[np.ndarray], layout: _Layout) -> np.ndarray:
+def _concatenated(
+    name: str, parts: list[np.ndarray], draws: list[_Draw]
+) -> np.ndarray:
     """Concatenate the rows of one site."""
-    if len(parts) == 1:
+    site, plates = draws[0].sites[name], draws[0].plates
+    # What one shape of batch leaves open, another may tell.
+    known = {p: axis for d in draws for p, axis in d.sites[name].axes.items() if axis}
+    of_batch = sorted(plates.intersection(site.axes))
+    unknown = sorted(site.axes.keys() - plates - draws[0].of_guide)
+    if len(of_batch) > 1:
+        why = (
+            f"has rows of the plates {of_batch}, each of which has other rows in every "
+            "batch, so batches do not line up. Predict them one by one"
+        )
+    elif of_batch and of_batch[0] in known:
+        return np.concatenate(parts, axis=known[of_batch[0]])
+    elif of_batch:
+        why = (
+            f"has several axes as long as plate '{of_batch[0]}' takes rows. Give "
+            "batches of another size"
+        )
+    elif unknown and not draws[0].says_plates:
+        why = (
+            f"has the rows of plate '{unknown[0]}', and nothing says whether they are "
+            "those of the batch or the same in all batches. Make the batches by "
+            "minibatch(...), which names their plates"
+        )
+    elif all(_equal(part, parts[0]) for part in parts[1:]):
         return parts[0]
-    axes = layout.axes[name]
-    of_batch = sorted(axes.keys() & layout.of_batch)
-    unknown = sorted(axes.keys() - layout.of_batch - layout.of_guide)
-    if len(of_batch) == 1:
-        return np.concatenate(parts, axis=axes[of_batch[0]])
-    if of_batch:
-        raise ValueError(
-            f"Site '{name}' has rows of the plates {of_batch}, each of which has other "
-            "rows in every batch, so batches do not line up. Predict them one by one, "
-            "or leave the site out of return_sites."
+    else:
+        why = (
+            "stands outside of the plates of the batch, but depends on what the batch "
+            "holds. Move it into a plate"
         )
-    if unknown:
+    raise ValueError(f"Site '{name}' {why}, or leave it out of return_sites.")
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    same = one.shape == other.shape
+    return same and np.allclose(one, other, rtol=1e-4, equal_nan=True)
+
+
+# ------------------------------------------------------------------ what is given
+
+
+def _params(svi: SubsampleSVI, fitted: Any) -> dict[str, Any]:
+    """Return parameters and mutable state of whatever a fit has returned."""
+    state = fitted if isinstance(fitted, SVIState) else getattr(fitted, "state", None)
+    params = fitted
+    if isinstance(state, SVIState):
+        params = getattr(fitted, "params", None) or svi.get_params(state)
+        params = params | (state.mutable_state or {})
+    if not isinstance(params, Mapping):
         raise ValueError(
-            f"Site '{name}' has the rows of plate '{unknown[0]}', and nothing says "
-            "whether they are those of the batch or the same in all batches. If they "
-            "are the batch's, give its indices or its valid count."
+            f"fitted must be what fit or run has returned, a state, or a dict of "
+            f"parameters, not {type(fitted).__name__}."
         )
-    for part in parts[1:]:
-        if part.shape != parts[0].shape or not np.allclose(
-            part, parts[0], rtol=1e-4, equal_nan=True
-        ):
+    return jax.tree.map(jnp.asarray, dict(params))
+
+
+def _missing(names: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"The parameters lack {sorted(names)}, which guide or model have. Give what "
+        "fit or run has returned, a state, or parameters as get_params returns them "
+        "(these lack mutable state)."
+    )
+
+
+def _posteriors(svi: SubsampleSVI, params: dict[str, Any]) -> list[Any]:
+    """Return the posteriors of the guides that are called for their mode alone."""
+    posteriors = []
+    for part in autoguides_in(svi.guide):
+        if part.prototype_trace is None:
             raise ValueError(
-                f"Site '{name}' stands outside of the plates of the batch, but depends "
-                "on what the batch holds. Move it into a plate, or leave it out of "
-                "return_sites."
+                f"The {type(part).__name__} has not met its model yet. Call "
+                "svi.init(rng_key, batch) first."
             )
-    return parts[0]
+    for part in _called_for_mode(svi.guide):
+        try:
+            with dynamic_subsample():
+                posteriors.append(part.get_posterior(params))
+        except KeyError as error:
+            raise _missing(error.args) from error
+    return posteriors
 
 
-# ------------------------------------------------------------------ what is compiled
+def _called_for_mode(guide: Any) -> list[AutoLaplaceApproximation]:
+    parts = autoguides_in(guide)
+    return [part for part in parts if isinstance(part, AutoLaplaceApproximation)]
 
 
-def _draws(
-    svi: Any, static: tuple, rng_key: jax.Array, params: Any, number: Any, batch: tuple
-) -> tuple[dict[str, jax.Array], _Layout]:
-    """Compute a request for one batch, in a compiled function."""
-    request, structure, constants = static
-    arrays, indices, counts = batch
-    leaves = [c if a is None else a for a, c in zip(arrays, constants, strict=True)]
-    args, kwargs = jax.tree.unflatten(structure, leaves)
-    unseen = request.unseen
-    named = {*indices, *counts, *unseen}
+def _on(svi: SubsampleSVI, rows: dict[str, jax.Array]) -> Any:
+    return svi._batch(rows, {})
 
-    def draw(key: jax.Array, rows: dict[str, jax.Array]) -> Any:
-        keys = _KeysBySite(key, number, named, rows)
-        with keys, trace() as latents:
-            guide(*args, **kwargs)
-        seen: Any = {
-            name: site
-            for name, site in latents.items()
-            if _plates_of(site).union([name]).isdisjoint(unseen)
-        }
-        anew = nullcontext() if request.log_likelihood else uncondition()
-        pins = substitute(data=rows)
-        with keys, trace() as sites, pins, anew, replay(trace=seen):
-            model(*args, **kwargs)
-        if request.log_likelihood:
-            values = _log_likelihoods(sites)
-        else:
-            values = _values(sites, seen, request.return_sites)
-        return values, _layout(latents, sites, values, named, request.log_likelihood)
 
-    def draw_checked(key: jax.Array) -> Any:
-        rows = {name: jnp.arange(count) for name, count in new.items()}
-        values, layout = draw(key, rows)
-        if rows:
-            made_from = internals.eval_provenance(
-                lambda **rows: draw(key, rows)[0], **rows
+class _Given(NamedTuple):
+    """The arrays that a compiled program is given."""
+
+    params: dict[str, Any]
+    posteriors: list[Any]
+    number: jax.Array  # of the batch
+    leaves: list[jax.Array | None]  # of the model's arguments
+    rows: dict[str, jax.Array]
+    first: dict[str, jax.Array]  # for each row, where it is met first in the batch
+
+
+_ARRAYS = np.ndarray | np.generic | jax.Array
+_CONSTANTS = bool | int | float | complex | str | bytes
+
+
+class _Batch:
+    """A batch, its arrays apart from all else."""
+
+    def __init__(self, svi: SubsampleSVI, item: Any, unseen: Collection[str]) -> None:
+        batch = as_minibatch(item)
+        args, kwargs, rows, counts = svi._unpacked((batch,), {}, None, None)
+        leaves, self.structure = jax.tree.flatten((args, kwargs | svi.static_kwargs))
+        self.constants = [None if isinstance(a, _ARRAYS) else a for a in leaves]
+        self.leaves = [
+            jnp.asarray(a) if isinstance(a, _ARRAYS) else None for a in leaves
+        ]
+        self.known = {name: np.asarray(own) for name, own in rows.items()}
+        self.known = {n: own for n, own in self.known.items() if n not in unseen}
+        self.rows = {name: jnp.asarray(own) for name, own in self.known.items()}
+        self.counts = {name: int(count) for name, count in counts.items()}
+        self.plates = {*batch.rows, *batch.counts, *rows, *counts, *unseen}
+        self.says_plates = bool(batch.rows or batch.counts)
+        self.first = {}
+        for name, own in self.known.items():
+            count = self.counts.get(name, len(own))
+            _, index, inverse = np.unique(
+                own[:count], return_index=True, return_inverse=True
             )
-            _check_independent(made_from, layout.sizes, unseen)
-        return values, layout
+            if len(index) < count:
+                padding = np.arange(count, len(own))
+                first = np.concatenate([index[inverse], padding])
+                self.first[name] = jnp.asarray(first)
 
-    with svi._batch(indices, {}), substitute(data=params):
-        model, guide, new = svi.model, svi.guide, {}
-        if unseen:
-            model, guide, new = _on_new_rows(svi, unseen, args, kwargs)
-        # One draw after another needs the memory of one draw, and of the result.
-        return jax.lax.map(draw_checked, jax.random.split(rng_key, request.num_samples))
+    def arguments(self, leaves: list[jax.Array | None]) -> tuple[tuple, dict]:
+        given = zip(leaves, self.constants, strict=True)
+        merged = [constant if leaf is None else leaf for leaf, constant in given]
+        return jax.tree.unflatten(self.structure, merged)
+
+    def is_like(self, other: _Batch) -> bool:
+        """Tell whether two batches differ in the values of their arrays only."""
+        return (
+            self.structure == other.structure
+            and self.plates == other.plates
+            and self.says_plates == other.says_plates
+            and all(map(_same, self.constants, other.constants))
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    known = type(one) is type(other) and isinstance(one, _CONSTANTS)
+    return one is other or (known and one == other)
+
+
+# ------------------------------------------------------------------ one draw
+
+
+class _AnyRows(Handler):
+    """Gives made-up rows to plates of which nobody says which rows they take.
+
+    Parameters
+    ----------
+    rows : dict of str to jax.Array
+        The rows.
+
+    Attributes
+    ----------
+    made_up : dict of str to int
+        How many rows such plates take.
+    sizes, taken : dict of str to int
+        How many rows each plate has and takes.
+    unseen : collection of str
+        The plates whose rows are new ones: such a plate is as large as the batch.
+    """
+
+    def __init__(self, rows: dict[str, jax.Array]) -> None:
+        super().__init__()
+        self._rows = rows
+        self.made_up: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
+        self.taken: dict[str, int] = {}
+        self.unseen: Collection[str] = ()
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "plate":
+            return
+        name, (size, count) = msg["name"], msg["args"]
+        self.sizes.setdefault(name, size)
+        if name in self.unseen:
+            count = size if count is None else count
+            msg["args"], msg["value"] = (count, count), None
+        if msg["value"] is None:
+            self.made_up[name] = count
+            msg["value"] = self._rows.get(name, jnp.arange(count))
+        self.taken[name] = len(msg["value"])
+
+
+class _KnownParams(Handler):
+    """Refuses parameters that nobody gives, which would start anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._missing: set[str] = set()
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] in ("param", "mutable") and msg["value"] is None:
+            self._missing.add(msg["name"])
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if self._missing:
+            raise _missing(self._missing) from exc_value
+
+
+def _giving(values: Mapping[str, Any]) -> substitute:
+    """Give values of the batch to latents, in the body of a scan too."""
+
+    def give(msg: dict[str, Any]) -> Any:
+        if msg["type"] != "sample" or msg["is_observed"]:
+            return None
+        return values.get(msg["name"])
+
+    return substitute(substitute_fn=give)
+
+
+def _is_latent(site: dict[str, Any]) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]
 
 
 def _plates_of(site: dict[str, Any]) -> set[str]:
     return {frame.name for frame in site.get("cond_indep_stack", ())}
 
 
-def _log_likelihoods(sites: dict[str, Any]) -> dict[str, jax.Array]:
-    values = {
-        name: site["fn"].log_prob(site["value"])
-        for name, site in sites.items()
-        if site["type"] == "sample" and site["is_observed"]
-    }
-    if not values:
-        raise ValueError(
-            "The model observes nothing with these arguments, so there is no "
-            "likelihood. Give the batch its data."
+class _Site(NamedTuple):
+    """Where a site that is returned holds the rows of its plates.
+
+    An axis is counted from the right; None if several can be the plate's.
+    """
+
+    plates: set[str]
+    axes: dict[str, int | None]
+
+
+class _Draw:
+    """Makes one draw for a batch; JAX traces it, and then it knows its sites."""
+
+    any_rows: _AnyRows
+
+    def __init__(self, svi: SubsampleSVI, request: _Request, batch: _Batch) -> None:
+        self._svi, self._request, self._batch = svi, request, batch
+        self.plates, self.says_plates = set(batch.plates), batch.says_plates
+        self.of_guide: set[str] = set()
+        self.sites: dict[str, _Site] = {}
+
+    def __call__(self, key: jax.Array, given: _Given, rows: dict) -> dict[str, Any]:
+        request, unseen = self._request, self._request.unseen
+        args, kwargs = self._batch.arguments(given.leaves)
+        self.any_rows = _AnyRows(rows)
+
+        def guide() -> None:
+            with self._around(given), self._posteriors(given), substitute(data=pins):
+                self._svi.guide(*args, **kwargs)
+
+        def model() -> None:
+            new = internals.replaced(self.any_rows, unseen=unseen)
+            with self._around(given), new, replay(trace=latents):
+                self._svi.model(*args, **kwargs)
+
+        latents: dict[str, Any] = {}
+        pins = self._pins_of_guide(model) if unseen else {}
+        keys = jax.random.split(key, 8)
+        of_guide, of_model, of_data, of_enumerated = (
+            (own, jax.random.fold_in(of_batches, given.number))
+            for own, of_batches in zip(keys[::2], keys[1::2], strict=True)
         )
-    return values
-
-
-def _values(
-    sites: dict[str, Any], latents: Collection[str], names: Iterable[str] | None
-) -> dict[str, jax.Array]:
-    possible = {
-        name: site["type"] == "deterministic" or name not in latents
-        for name, site in sites.items()
-        if site["type"] in ("sample", "deterministic")
-        and not isinstance(site.get("fn"), Unit)
-    }
-    if names is None:
-        names = [name for name, by_default in possible.items() if by_default]
-    for name in sorted({*names} - possible.keys()):
-        raise ValueError(
-            f"return_sites names '{name}', but the sites of the model are "
-            f"{sorted(possible)}."
-        )
-    return {name: jnp.asarray(sites[name]["value"]) for name in names}
-
-
-def _layout(
-    latents: dict, sites: dict, values: dict, named: set[str], log_likelihood: bool
-) -> _Layout:
-    sizes, subsample_sizes, of_guide, axes = {}, {}, set(), {}
-    for site in (*latents.values(), *sites.values()):
-        if site["type"] == "plate":
-            # In the model, an unseen plate has the size of the batch.
-            sizes.setdefault(site["name"], site["args"][0])
-            subsample_sizes[site["name"]] = len(site["value"])
-    for site in latents.values():
-        if site["type"] == "sample":
-            of_guide |= _plates_of(site)
-    for name, value in values.items():
-        frames = sites[name]["cond_indep_stack"]
-        # The leading axes of a deterministic site are those of its plates.
-        batch_dim = max((-frame.dim for frame in frames), default=0)
-        fn, event_dim = sites[name].get("fn"), max(value.ndim - batch_dim, 0)
-        event_dim = 0 if log_likelihood else getattr(fn, "event_dim", event_dim)
-        axes[name] = {
-            frame.name: axis
-            for frame in frames
-            if value.ndim >= -(axis := frame.dim - event_dim)
-            and value.shape[axis] == frame.size
+        _, drawn = self._two_draws(guide, of_guide, joint=self._joint())
+        self.of_guide = set().union(*map(_plates_of, drawn.values()))
+        latents = {
+            name: {**site, "value": self._one_a_row(site, given.first)}
+            for name, site in drawn.items()
+            if _is_latent(site) and _plates_of(site).isdisjoint(unseen)
         }
-    of_batch = named.union(n for n in sizes if subsample_sizes[n] != sizes[n])
-    return _Layout(sizes, subsample_sizes, of_batch, of_guide, axes)
+        outside, sites = self._two_draws(model, of_model)
+        check_names("unseen", dict.fromkeys(unseen), self.any_rows.sizes)
+        enumerated = [
+            name
+            for name, site in sites.items()
+            if _is_latent(site) and name not in latents and is_enumerated(site)
+        ]
+        if request.log_likelihood:
+            run = self._given(model, outside, of_model)
+            return self._log_likelihoods(run, sites, enumerated)
+        if request.infer_discrete and enumerated:
+            self._check_in_rows(sites, enumerated)
+            values = {n: s["value"] for n, s in sites.items() if n not in enumerated}
+            run = self._given(model, values, of_model)
+            outside |= assignments(run, of_enumerated[1], sites, enumerated, latents)
+            with trace() as sites:
+                self._given(model, outside, of_model)()
+            enumerated = []
+        return self._values(sites, latents, enumerated, outside, of_data)
+
+    @contextmanager
+    def _around(self, given: _Given) -> Generator[None]:
+        """Hold what is known of the batch, and the parameters."""
+        with _KnownParams(), self.any_rows, _on(self._svi, given.rows):
+            with substitute(data=given.params):
+                yield
+
+    @contextmanager
+    def _posteriors(self, given: _Given) -> Generator[None]:
+        """Let guides that are called for their mode draw from their posterior."""
+        with ExitStack() as changes:
+            parts = _called_for_mode(self._svi.guide)
+            for part, posterior in zip(parts, given.posteriors, strict=True):
+                changes.enter_context(internals.with_posterior(part, posterior))
+            yield
+
+    def _pins_of_guide(self, model: Callable[[], None]) -> dict[str, jax.Array]:
+        """Return rows for the guide to take in place of those that it has not."""
+        unseen = self._request.unseen
+        with block(), seed(rng_seed=0):
+            model()
+        check_names("unseen", dict.fromkeys(unseen), self.any_rows.sizes)
+        sizes = dict(self.any_rows.sizes)
+        for part in autoguides_in(self._svi.guide):
+            sizes |= internals.full_sizes(part)
+        made_up = self.any_rows.made_up
+        return {n: jnp.arange(min(made_up[n], sizes[n])) for n in unseen}
+
+    def _joint(self) -> set[str]:
+        """Return the latents that are drawn at once for all rows."""
+        return {
+            name
+            for part in autoguides_in(self._svi.guide)
+            if isinstance(part, AutoContinuous)
+            for name in internals.initial_values(part)
+        }
+
+    def _two_draws(
+        self,
+        run: Callable[[], None],
+        keys: tuple[jax.Array, jax.Array],
+        joint: Collection[str] = (),
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the latents outside of the batch's plates, and all sites."""
+        with seed(rng_seed=keys[0]), trace() as sites:
+            run()
+        taken, sizes = self.any_rows.taken, self.any_rows.sizes
+        self.plates |= {name for name in sizes if taken[name] != sizes[name]}
+        outside = {
+            name: site["value"]
+            for name, site in sites.items()
+            if _is_latent(site)
+            and (name in joint or _plates_of(site).isdisjoint(self.plates))
+        }
+        with trace() as sites:
+            self._given(run, outside, keys)()
+        return outside, dict(sites)
+
+    def _given(
+        self, run: Callable[[], None], values: Mapping[str, Any], keys: tuple
+    ) -> Callable[[], None]:
+        """Return the second run: all but these values is drawn by the batch's key."""
+
+        def given() -> None:
+            # Sites get their keys before they get values, so that all runs that are
+            # given more values or less have the same draws of the others.
+            with _giving(values), seed(rng_seed=keys[1]):
+                run()
+
+        return given
+
+    def _one_a_row(self, site: dict[str, Any], first: dict[str, jax.Array]) -> Any:
+        """Return a latent; a row that is in the batch twice has one."""
+        value = site["value"]
+        for frame in site["cond_indep_stack"]:
+            if frame.name in first:
+                axis = frame.dim - site["fn"].event_dim
+                value = jnp.take(value, first[frame.name], axis)
+        return value
+
+    def _check_in_rows(self, sites: dict[str, Any], enumerated: list[str]) -> None:
+        """Refuse to infer from some rows what depends on all of them."""
+        taken, sizes = self.any_rows.taken, self.any_rows.sizes
+        some = sorted(name for name in sizes if taken[name] != sizes[name])
+        for name in enumerated:
+            if some and _plates_of(sites[name]).isdisjoint(self.plates):
+                raise ValueError(
+                    f"Enumerated site '{name}' stands outside of the plates {some}, so "
+                    "it depends on all of their rows, and the batch has some. Give one "
+                    "batch of all rows."
+                )
+
+    def _values(
+        self,
+        sites: dict[str, Any],
+        latents: Collection[str],
+        enumerated: Collection[str],
+        outside: Mapping[str, Any],
+        keys: tuple[jax.Array, jax.Array],
+    ) -> dict[str, jax.Array]:
+        possible = [
+            name
+            for name, site in sites.items()
+            if site["type"] in ("sample", "deterministic")
+            and not isinstance(site.get("fn"), Unit)
+        ]
+        names: Any = self._request.return_sites
+        if names is None:
+            names = [n for n in possible if n not in latents and n not in enumerated]
+        values = {}
+        for number, name in enumerate(names):
+            if name in enumerated:
+                raise ValueError(
+                    f"Site '{name}' is enumerated, so nobody has drawn it. Draw it "
+                    "given the data: infer_discrete=True."
+                )
+            if name not in possible:
+                raise ValueError(
+                    f"return_sites names '{name}', but the sites of the model are "
+                    f"{sorted(possible)}."
+                )
+            site = sites[name]
+            value = outside.get(name, site["value"])
+            if site["type"] == "sample" and site["is_observed"]:
+                in_batch = not _plates_of(site).isdisjoint(self.plates)
+                value = site["fn"](rng_key=jax.random.fold_in(keys[in_batch], number))
+            values[name] = value = jnp.asarray(value)
+            self.sites[name] = _site(site, value, site["type"] == "deterministic")
+        return values
+
+    def _log_likelihoods(
+        self, model: Callable, sites: dict[str, Any], enumerated: list[str]
+    ) -> dict[str, jax.Array]:
+        if enumerated:
+            found = log_likelihoods(model, sites, enumerated)
+        else:
+            found = {
+                name: (site, site["fn"].log_prob(site["value"]))
+                for name, site in sites.items()
+                if site["type"] == "sample" and site["is_observed"]
+            }
+        if not found:
+            raise ValueError(
+                "The model observes nothing with these arguments, so there is no "
+                "likelihood. Give the batch its data."
+            )
+        for name, (site, value) in found.items():
+            self.sites[name] = _site({**site, "fn": None}, value, False)
+        return {name: value for name, (_, value) in found.items()}
+
+
+def _site(site: dict[str, Any], value: jax.Array, deterministic: bool) -> _Site:
+    """Find the axes of a site's plates."""
+    axes: dict[str, int | None] = {}
+    event_dim = getattr(site.get("fn"), "event_dim", 0)
+    for frame in site["cond_indep_stack"]:
+        # Those of a deterministic site may be any that are as long.
+        at = range(-value.ndim, 0) if deterministic else [frame.dim - event_dim]
+        found = [i for i in at if -i <= value.ndim and value.shape[i] == frame.size]
+        if found:
+            axes[frame.name] = found[0] if len(found) == 1 else None
+    return _Site(_plates_of(site), axes)
+
+
+# ------------------------------------------------------------------ all draws
+
+
+class _Program:
+    """The compiled draws of batches that differ in the values of their arrays only."""
+
+    def __init__(
+        self,
+        svi: SubsampleSVI,
+        request: _Request,
+        batch: _Batch,
+        keys: jax.Array,
+        given: _Given,
+    ) -> None:
+        self._like, self._types = batch, _types(given)
+        self.draw = draw = _Draw(svi, request, batch)
+        one, run = _traced(draw, keys[0], given, {})
+        rows = {n: jnp.arange(count) for n, count in draw.any_rows.made_up.items()}
+        if rows:
+            one, run = _traced(draw, keys[0], given, rows)
+            made_from = internals.eval_provenance(
+                lambda **rows: run(keys[0], given, rows), **rows
+            )
+            _check_independent(made_from, draw.any_rows.sizes, request.unseen)
+        most = max(_BLOCK // (_AT_ONCE * _largest(one.jaxpr)), 1)
+        blocks = -(-len(keys) // most)
+        size = -(-len(keys) // blocks)
+
+        def all_draws(keys: jax.Array, given: _Given, rows: dict) -> Any:
+            # Blocks of one size, as a smaller one would be compiled apart.
+            places = jnp.minimum(jnp.arange(blocks * size), len(keys) - 1)
+            made = jax.lax.map(
+                lambda key: run(key, given, rows), keys[places], batch_size=size
+            )
+            return jax.tree.map(lambda draws: draws[: len(keys)], made)
+
+        self._run = internals.compiled(all_draws, keys, given, rows, quickly=False)
+        self._rows = rows
+        self._given = given
+        self._one = lambda **some: run(keys[0], given._replace(**some), rows)
+        self._made_from: dict[str, frozenset[str]] = {}
+
+    def fits(self, batch: _Batch, given: _Given) -> bool:
+        return self._like.is_like(batch) and self._types == _types(given)
+
+    def __call__(
+        self, batch: _Batch, keys: jax.Array, given: _Given
+    ) -> dict[str, np.ndarray]:
+        taken, sizes = self.draw.any_rows.taken, self.draw.any_rows.sizes
+        for name, own in batch.known.items():
+            check_rows(name, sizes[name], own)
+        check_names("valid", batch.counts, sizes)
+        for plate, count in batch.counts.items():
+            check_count(plate, count, taken[plate])
+        padded = {n: own for n, own in batch.counts.items() if own < taken[n]}
+        if padded:
+            self._check_padding(padded)
+        values = jax.device_get(self._run(keys, given, self._rows))
+        for plate, count in padded.items():
+            for name, site in self.draw.sites.items():
+                axis = site.axes.get(plate)
+                if axis is not None:
+                    rest = (slice(None),) * (-axis - 1)
+                    values[name] = values[name][(..., slice(count), *rest)]
+        return values
+
+    def _check_padding(self, padded: Collection[str]) -> None:
+        """Refuse sites that would bring padding back."""
+        taken = self.draw.any_rows.taken
+        for name, site in self.draw.sites.items():
+            for plate in sorted(padded):
+                why = ""
+                if site.axes.get(plate, 0) is None:
+                    why = f"has several axes as long as it, {taken[plate]}"
+                elif plate not in site.axes and self._depends_on(name, taken[plate]):
+                    why = "depends on it, and has no axis for its rows"
+                if why:
+                    raise ValueError(
+                        f"Plate '{plate}' is padded, and site '{name}' {why}, so its "
+                        "padding cannot be removed. Leave the site out of "
+                        "return_sites, or give the batch without a capacity."
+                    )
+
+    def _depends_on(self, name: str, length: int) -> bool:
+        """Tell whether a site depends on rows of padded plates that take so many.
+
+        Arguments of the model that are as long are taken to run along them.
+        """
+        site, taken = self.draw.sites[name], self.draw.any_rows.taken
+        if any(taken[plate] == length for plate in site.axes):
+            return False
+        if not self._made_from:
+            given, groups = self._given, {}
+            for own in {taken[plate] for plate in self._like.counts}:
+                groups[str(own)] = [
+                    {n: rows for n, rows in given.rows.items() if taken[n] == own},
+                    {
+                        str(place): leaf
+                        for place, leaf in enumerate(given.leaves)
+                        if leaf is not None and leaf.shape[:1] == (own,)
+                    },
+                ]
+
+            def one(number: jax.Array, **groups: Any) -> Any:
+                rows, leaves = dict(given.rows), list(given.leaves)
+                for own, of_arguments in groups.values():
+                    rows |= own
+                    for place, leaf in of_arguments.items():
+                        leaves[int(place)] = leaf
+                return self._one(rows=rows, leaves=leaves, number=number)
+
+            self._made_from = internals.eval_provenance(
+                one, number=given.number, **groups
+            )
+        # What is drawn in the plates of the batch is drawn by its number.
+        outside = site.plates.isdisjoint(self.draw.plates)
+        return not self._made_from[name].isdisjoint(
+            {str(length), "number"} if outside else {str(length)}
+        )
 
 
 def _check_independent(
@@ -320,107 +740,31 @@ def _check_independent(
                 remedy = "Let the model take the data of its rows as an argument."
             else:
                 why = "which nobody has named"
-                remedy = f"Say which they are: indices={{'{plate}': rows}}."
+                remedy = f"Say which they are: minibatch(..., rows={{'{plate}': rows}})."
             raise ValueError(
                 f"Site '{site}' depends on the rows of plate '{plate}' (size "
                 f"{sizes[plate]}), {why}. {remedy}"
             )
 
 
-class _KeysBySite(seed):
-    """Makes the key of a site from its name, and the number of the batch.
-
-    The number counts only for sites in plates of the batch, so the other sites have
-    the same draws in all batches. `seed` makes each key from those before it, and it
-    depends on the rows of a plate whether it takes one.
-
-    Parameters
-    ----------
-    key : jax.Array
-        The key of the draw.
-    number : int
-        The number of the batch.
-    named : set of str
-        The plates that have other rows in each batch, besides those that take a
-        subsample.
-    rows : dict of str to jax.Array
-        Rows for the plates that would draw some; this handler adds them.
-    """
-
-    def __init__(
-        self, key: jax.Array, number: Any, named: set[str], rows: dict[str, jax.Array]
-    ) -> None:
-        super().__init__(rng_seed=key)
-        self._key, self._number = key, number
-        self._named, self._rows = named, rows
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        super().process_message(msg)
-        if msg["type"] == "plate" and msg["value"] is None:
-            msg["fn"] = partial(self._any_rows, msg["name"])
-        key = msg.get("kwargs", {}).get("rng_key")
-        if key is None or msg["type"] not in ("sample", "control_flow"):
-            return
-        # Sites inside a control flow are not seen here. In the model, they may be in
-        # plates of the batch.
-        of_batch = internals.replayed() is not None
-        if msg["type"] == "sample":
-            key = jax.random.fold_in(self._key, crc32(msg["name"].encode()))
-            of_batch = not _plates_of(msg).isdisjoint(self._named) or any(
-                plate.subsample_size != plate.size
-                for plate in internals.plates_around()
-            )
-        if of_batch:
-            key = jax.random.fold_in(key, self._number)
-        msg["kwargs"]["rng_key"] = key
-
-    def _any_rows(self, name: str, size: int, count: int, rng_key: Any = None) -> Any:
-        return self._rows.setdefault(name, jnp.arange(count))
+def _types(given: _Given) -> Any:
+    leaves, structure = jax.tree.flatten(given)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
-# ------------------------------------------------------------------ unseen rows
+def _traced(function: Callable, *args: Any) -> tuple[Any, Callable]:
+    """Return what JAX has traced, and a function that computes it."""
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+
+    def run(*args: Any) -> Any:
+        leaves = jaxpr_as_fun(traced)(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return traced, run
 
 
-def _on_new_rows(
-    svi: Any, unseen: tuple[str, ...], args: tuple, kwargs: dict[str, Any]
-) -> tuple[Callable, Callable, dict[str, int]]:
-    """Return model and guide for rows that plates do not have, and their counts.
-
-    In the model, such a plate is as large as the batch. In the guide, it takes the
-    first rows that it has; the caller drops their latents.
-    """
-    guides = list(autoguides_in(svi.guide))
-    sizes: dict[str, int] = dict(ChainMap(*map(internals.full_sizes, guides)))
-
-    def make(subsample: Callable, name: str, size: int, count: Any, dim: Any) -> Any:
-        if name in unseen:
-            sizes.setdefault(name, size)
-            size, count = size if count is None else count, None
-        return subsample(name, size, count, dim)
-
-    def model(*args: Any, **kwargs: Any) -> None:
-        with internals.plates_made_by(make):
-            svi.model(*args, **kwargs)
-
-    def guide(*args: Any, **kwargs: Any) -> None:
-        with GuideCall(model, args, kwargs, plates=records) as call:
-            svi.guide(*args, **kwargs)
-        # Without their records, the model need not take the guide's rows.
-        for name in unseen:
-            call.plates.pop(name)
-
-    plates = read_plates(model, args, kwargs, internals.handlers_around())
-    check_names("unseen", dict.fromkeys(unseen), plates)
-    counts, records = {}, {}
-    for name in unseen:
-        count, size = plates[name].size, sizes[name]
-        if count > size and any(isinstance(own, AutoSemiDAIS) for own in guides):
-            raise ValueError(
-                f"AutoSemiDAIS runs its local model on the batch, and cannot take "
-                f"{count} unseen rows at once for plate '{name}' (size {size}). Give "
-                "smaller batches."
-            )
-        rows = jnp.arange(min(count, size))
-        records[name] = PlateRows(name, size, len(rows), rows, "model")
-        counts[name] = count
-    return model, guide, counts
+def _largest(jaxpr: Any) -> int:
+    """Return how many bytes the largest of the values takes that are computed."""
+    avals = [var.aval for eqn in jaxpr.eqns for var in eqn.outvars]
+    sizes = [aval.size * aval.dtype.itemsize for aval in avals if hasattr(aval, "dtype")]
+    return max(sizes, default=1)

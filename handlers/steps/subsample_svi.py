@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
@@ -26,7 +26,7 @@ from ..effect.model_call import pinned_in_model
 from ..effect.plates import Counts, Rows, arguments_for_plates, check_rows
 from .fit import fit as fit_batches
 from .grow import grown
-from .predict import Request, predict, unpacked
+from .predict import log_likelihood, predict
 from .rowwise import RowSteps
 
 
@@ -135,7 +135,6 @@ class SubsampleSVI(SVI):
         super().__init__(model, guide, optim, loss, **static_kwargs)
         self._rows, self._valid = dict(rows or {}), dict(valid or {})
         self._row_steps = RowSteps(self) if rowwise else None
-        self._programs: dict[Any, Any] = {}
 
     def init(
         self,
@@ -303,6 +302,8 @@ class SubsampleSVI(SVI):
         return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
 
     fit = fit_batches
+    predict = predict
+    log_likelihood = log_likelihood
 
     def grow(
         self,
@@ -393,176 +394,6 @@ class SubsampleSVI(SVI):
         with self._batch(indices, valid):
             return super().evaluate(svi_state, *args, **kwargs)
 
-    def predict(
-        self,
-        rng_key: jax.Array,
-        state_or_params: SVIState | dict[str, Any],
-        *args: Any,
-        num_samples: int = 1000,
-        return_sites: Sequence[str] | None = None,
-        indices: Rows | None = None,
-        valid: Counts | None = None,
-        unseen: Sequence[str] = (),
-        **kwargs: Any,
-    ) -> dict[str, np.ndarray]:
-        """Draw from the posterior predictive distribution of the rows of a batch.
-
-        Each draw takes latents from the guide, those of the batch's rows, and runs the
-        model with them. Observed sites are drawn anew, whether the batch brings data
-        for them or not. Latents that the guide does not draw, enumerated ones among
-        them, come from the model.
-
-        It is compiled once for each shape of batch: arrays are arguments of the
-        compiled program; all other arguments are constants of it and must be hashable.
-
-        Parameters
-        ----------
-        rng_key : jax.Array
-            The random key.
-        state_or_params : SVIState or dict
-            The state, or parameters as ``get_params`` gives them, which lack mutable
-            state.
-        *args, indices, valid, **kwargs
-            The batch. Rows that are not valid are left out of what is returned.
-        num_samples : int
-            How many draws to make, one after another.
-        return_sites : sequence of str, optional
-            The sites to return; by default all deterministic ones, and those sample
-            sites that the guide does not draw.
-        unseen : sequence of str
-            Plates whose rows in this batch are none of those that the plate has. The
-            latents of such rows are drawn from the model, given the other latents.
-            There may be more of them than the plate has, and `indices` of such plates
-            say nothing.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            By site, draws of shape ``(num_samples, ...)``.
-
-        Raises
-        ------
-        ValueError
-            If a plate would draw its rows; if the model looks up something by the rows
-            of an unseen plate; if a name is none of the model's plates or sites; if
-            indices or counts do not fit their plates.
-
-        Notes
-        -----
-        With the same key, latents outside of the batch's plates, and all latents of a
-        joint guide, are the same draws for every batch. Draws of the batch's rows, and
-        of their data, are other ones in another batch, or in another place of it.
-
-        A deterministic site is taken to have the axes of its plates in front.
-
-        Examples
-        --------
-        >>> draws = svi.predict(key, state, X[rows], indices={"n": rows})["y"]
-        >>> draws = svi.predict(key, state, X_new, unseen=["n"])["y"]
-        """
-        batch = self._unpacked(args, kwargs, indices, valid)
-        request = Request(num_samples, tuple(unseen), _names(return_sites))
-        return predict(self, rng_key, state_or_params, [batch], request)
-
-    def predict_batches(
-        self,
-        rng_key: jax.Array,
-        state_or_params: SVIState | dict[str, Any],
-        batches: Iterable,
-        *,
-        num_samples: int = 1000,
-        return_sites: Sequence[str] | None = None,
-        unseen: Sequence[str] = (),
-        progress_bar: bool = True,
-    ) -> dict[str, np.ndarray]:
-        """Draw from the posterior predictive distribution of one batch after another.
-
-        The memory of the device holds one batch and its draws at a time.
-
-        Parameters
-        ----------
-        rng_key, state_or_params, num_samples, return_sites, unseen
-            As for ``predict``.
-        batches : iterable
-            Batches as ``minibatch`` makes them; a list or a loader.
-        progress_bar : bool
-            Whether to show a progress bar.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            By site, draws of shape ``(num_samples, ...)``. Those of rows stand one
-            after another along their plate's axis, in the order of the batches. Those
-            outside of the batch's plates are there once: each batch has the same.
-            All draws of one number go together, as in one call for all rows. They are
-            the draws of that call where a joint guide makes them, or nobody: the rows'
-            own randomness is another one in each batch.
-
-        Raises
-        ------
-        ValueError
-            As for ``predict``; if a site outside of the batch's plates depends on the
-            batch; if a site has the rows of a plate that may be the batch's or not,
-            or of two plates of the batch; if there is no batch.
-        """
-        request = Request(num_samples, tuple(unseen), _names(return_sites))
-        batches = unpacked(self, batches, progress_bar)
-        return predict(self, rng_key, state_or_params, batches, request)
-
-    def log_likelihood(
-        self,
-        rng_key: jax.Array,
-        state_or_params: SVIState | dict[str, Any],
-        *args: Any,
-        num_samples: int = 1000,
-        indices: Rows | None = None,
-        valid: Counts | None = None,
-        unseen: Sequence[str] = (),
-        **kwargs: Any,
-    ) -> dict[str, np.ndarray]:
-        """Return the log likelihood of each row of a batch, for LOO and WAIC.
-
-        Parameters
-        ----------
-        rng_key, state_or_params, *args, indices, valid, unseen, **kwargs
-            As for ``predict``.
-        num_samples : int
-            For how many draws of the latents.
-
-        Returns
-        -------
-        dict of str to numpy.ndarray
-            By observed site, log densities of shape ``(num_samples, rows)``, without
-            the scale of plates.
-
-        Raises
-        ------
-        ValueError
-            As for ``predict``, and if the model observes nothing.
-        """
-        batch = self._unpacked(args, kwargs, indices, valid)
-        request = Request(num_samples, tuple(unseen), log_likelihood=True)
-        return predict(self, rng_key, state_or_params, [batch], request)
-
-    def log_likelihood_batches(
-        self,
-        rng_key: jax.Array,
-        state_or_params: SVIState | dict[str, Any],
-        batches: Iterable,
-        *,
-        num_samples: int = 1000,
-        unseen: Sequence[str] = (),
-        progress_bar: bool = True,
-    ) -> dict[str, np.ndarray]:
-        """Return the log likelihood of each row of one batch after another.
-
-        Parameters, results and errors are those of ``log_likelihood`` and
-        ``predict_batches``.
-        """
-        request = Request(num_samples, tuple(unseen), log_likelihood=True)
-        batches = unpacked(self, batches, progress_bar)
-        return predict(self, rng_key, state_or_params, batches, request)
-
     def _step(
         self,
         step: Callable,
@@ -646,10 +477,6 @@ class SubsampleSVI(SVI):
             f"{what} cannot use valid counts, here of {sorted(valid)}. Use another "
             f"{other}, or give batches without padding and leave valid out."
         )
-
-
-def _names(sites: Sequence[str] | None) -> tuple[str, ...] | None:
-    return None if sites is None else tuple(sites)
 
 
 class _PinnedRows(substitute):
