@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import Literal, jaxpr_as_fun
 from numpyro.distributions import Unit
 from numpyro.handlers import block, replay, seed, substitute, trace
 from numpyro.infer.autoguide import (
@@ -397,6 +397,10 @@ class _Draw:
         self.sites: dict[str, _Site] = {}
 
     def __call__(self, key: jax.Array, given: _Given, rows: dict) -> dict[str, Any]:
+        with _on(self._svi, given.rows):
+            return self._run(key, given, rows)
+
+    def _run(self, key: jax.Array, given: _Given, rows: dict) -> dict[str, Any]:
         request, unseen = self._request, self._request.unseen
         args, kwargs = self._batch.arguments(given.leaves)
         self.any_rows = _AnyRows(rows)
@@ -411,7 +415,7 @@ class _Draw:
                 self._svi.model(*args, **kwargs)
 
         latents: dict[str, Any] = {}
-        pins = self._pins_of_guide(model) if unseen else {}
+        pins = self._pins_of_guide(model)
         keys = jax.random.split(key, 8)
         of_guide, of_model, of_data, of_enumerated = (
             (own, jax.random.fold_in(of_batches, given.number))
@@ -446,10 +450,10 @@ class _Draw:
 
     @contextmanager
     def _around(self, given: _Given) -> Generator[None]:
-        """Hold what is known of the batch, and the parameters."""
-        with _KnownParams(), self.any_rows, _on(self._svi, given.rows):
-            with substitute(data=given.params):
-                yield
+        """Give rows and parameters, also where a ``block`` stands further out."""
+        pins, params = substitute(data=given.rows), substitute(data=given.params)
+        with _KnownParams(), self.any_rows, pins, params:
+            yield
 
     @contextmanager
     def _posteriors(self, given: _Given) -> Generator[None]:
@@ -462,15 +466,19 @@ class _Draw:
 
     def _pins_of_guide(self, model: Callable[[], None]) -> dict[str, jax.Array]:
         """Return rows for the guide to take in place of those that it has not."""
-        unseen = self._request.unseen
-        with block(), seed(rng_seed=0):
+        unseen, parts = self._request.unseen, list(autoguides_in(self._svi.guide))
+        local = [part for part in parts if isinstance(part, AutoSemiDAIS)]
+        if not (unseen or local):
+            return {}
+        with block(), seed(rng_seed=0), trace() as sites:
             model()
         check_names("unseen", dict.fromkeys(unseen), self.any_rows.sizes)
-        sizes = dict(self.any_rows.sizes)
-        for part in autoguides_in(self._svi.guide):
+        sizes, counts = dict(self.any_rows.sizes), self.any_rows.made_up
+        for part in parts:
             sizes |= internals.full_sizes(part)
-        made_up = self.any_rows.made_up
-        return {n: jnp.arange(min(made_up[n], sizes[n])) for n in unseen}
+        for part in local:
+            _check_local_model(part, sites, {n: counts[n] for n in unseen}, sizes)
+        return {name: jnp.arange(min(counts[name], sizes[name])) for name in unseen}
 
     def _joint(self) -> set[str]:
         """Return the latents that are drawn at once for all rows."""
@@ -595,6 +603,31 @@ class _Draw:
         return {name: value for name, (_, value) in found.items()}
 
 
+def _check_local_model(
+    guide: AutoSemiDAIS, sites: dict, unseen: dict[str, int], sizes: dict[str, int]
+) -> None:
+    """Refuse a batch on which the guide cannot run its local model."""
+    prototype: Any = guide.prototype_trace
+    missing = [
+        name
+        for name, site in sites.items()
+        if _is_latent(site) and prototype.get(name, {}).get("is_observed")
+    ]
+    if missing:
+        raise ValueError(
+            "AutoSemiDAIS makes the latents of rows from their data, and the batch "
+            f"lacks those of the sites {missing}. Give the batch all that the model "
+            "was trained with; for rows without data, use unseen."
+        )
+    for name, count in unseen.items():
+        if count > sizes[name]:
+            raise ValueError(
+                f"AutoSemiDAIS runs its local model on the batch, and cannot take "
+                f"{count} unseen rows at once for plate '{name}' (size "
+                f"{sizes[name]}). Give smaller batches."
+            )
+
+
 def _site(site: dict[str, Any], value: jax.Array, deterministic: bool) -> _Site:
     """Find the axes of a site's plates."""
     axes: dict[str, int | None] = {}
@@ -632,7 +665,7 @@ class _Program:
                 lambda **rows: run(keys[0], given, rows), **rows
             )
             _check_independent(made_from, draw.any_rows.sizes, request.unseen)
-        most = max(_BLOCK // (_AT_ONCE * _largest(one.jaxpr)), 1)
+        most = max(_BLOCK // (_AT_ONCE * _largest(one.jaxpr, 1)), 1)
         blocks = -(-len(keys) // most)
         size = -(-len(keys) // blocks)
 
@@ -763,8 +796,16 @@ def _traced(function: Callable, *args: Any) -> tuple[Any, Callable]:
     return traced, run
 
 
-def _largest(jaxpr: Any) -> int:
-    """Return how many bytes the largest of the values takes that are computed."""
-    avals = [var.aval for eqn in jaxpr.eqns for var in eqn.outvars]
-    sizes = [aval.size * aval.dtype.itemsize for aval in avals if hasattr(aval, "dtype")]
-    return max(sizes, default=1)
+def _largest(jaxpr: Any, keys: int) -> int:
+    """Return how many bytes the largest value takes that is another one in each draw.
+
+    The first `keys` inputs are those that differ.
+    """
+    differ, largest = set(jaxpr.invars[:keys]), 1
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(var, Literal) and var in differ for var in eqn.invars):
+            differ.update(eqn.outvars)
+            avals = [var.aval for var in eqn.outvars]
+            sizes = [own.size * own.dtype.itemsize for own in avals]
+            largest = max(largest, *sizes)
+    return largest
