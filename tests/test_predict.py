@@ -30,6 +30,7 @@ from scipy import stats
 from checks import assert_close, assert_equal, assert_same_mean, compilations
 from models import guide_list, independent
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
+from numpyro_dynamic_subsample.batches.minibatch import as_minibatch
 
 N, NOISE, DRAWS = 10, 0.5, 20_000
 LOC, SCALE = np.linspace(-2, 3, N), np.linspace(0.2, 1.5, N)
@@ -166,8 +167,15 @@ def test_plates_go_by_the_names_that_handlers_outside_see():
         assert_moments(draws["s/z"] - (draws["s/offset"] - 1)[:, None], 0, 1)
 
 
+def hierarchy(x, y=None):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    with numpyro.plate("n", N, subsample_size=len(x)):
+        z = numpyro.sample("z", dist.Normal(mu, 1))
+        numpyro.sample("y", dist.Normal(z, NOISE), obs=y)
+
+
 def list_of_guides(model):
-    return guide_list(model, {"mu": AutoMultivariateNormal, "z": AutoNormal})
+    return guide_list(model, {"mu": AutoNormal, "z": AutoMultivariateNormal})
 
 
 GUIDES = {
@@ -183,7 +191,7 @@ GUIDES = {
 @pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
 def test_latents_are_those_of_sample_posterior(make):
     y = np.linspace(-1, 2, N).astype("float32")
-    svi = SubsampleSVI(model, make(model), optax.adam(0.02), Trace_ELBO())
+    svi = SubsampleSVI(hierarchy, make(hierarchy), optax.adam(0.02), Trace_ELBO())
     result = svi.run(KEY, 200, whole(y=y), progress_bar=False)
     rows, names = np.array([7, 0, 3]), ["mu", "z"]
     options = {"num_samples": 2000, "return_sites": names}
@@ -283,7 +291,9 @@ def of_keys(x):
 )
 def test_rows_have_in_common_what_is_global(model, guide, common):
     """Within batches, and between them."""
-    batches = [minibatch(np.zeros(2), rows={"n": np.array(r)}) for r in ([0, 1], [3, 2])]
+    batches = [
+        minibatch(np.zeros(2), rows={"n": np.array(r)}) for r in ([0, 1], [3, 2])
+    ]
     svi, state = svi_of(model, guide, first=batches[0])
     options = {"num_samples": DRAWS, "return_sites": ["y"], **QUIET}
     y = svi.predict(KEY, state, batches, **options)["y"]
@@ -318,7 +328,9 @@ def nested(x, y=None):
         with numpyro.plate("n", N, subsample_size=len(x), dim=-2):
             z = numpyro.sample("z", dist.Normal(g, 1))
             numpyro.deterministic("twice", 2 * z)
-            numpyro.sample("y", dist.Normal(z, 1), obs=None if y is None else y[:, None])
+            numpyro.sample(
+                "y", dist.Normal(z, 1), obs=None if y is None else y[:, None]
+            )
 
 
 def events(x, y=None):
@@ -332,19 +344,16 @@ def events(x, y=None):
 
 def in_a_scan(x, y=None):
     mu = numpyro.sample("mu", dist.Normal(0, 1))
+    plate = numpyro.plate("n", N, subsample_size=len(x))
 
     def step(carry, obs):
-        with numpyro.plate("n", N, subsample_size=len(x)):
+        with plate:
             w = numpyro.sample("w", dist.Normal(carry, 1))
             numpyro.sample("y", dist.Normal(w, 1), obs=obs)
         return w, w
 
     steps = None if y is None else jnp.stack([y, y + 1])
     scan(step, mu * jnp.ones(len(x)), steps, length=2)
-
-
-def rows_in_order(x, y=None):
-    """The batch's rows alone, as NumPyro runs it on draws of them."""
 
 
 @pytest.mark.parametrize("model", [model, crossed, nested, events, in_a_scan])
@@ -519,12 +528,14 @@ def test_a_callback_is_the_models_own():
 
 
 def test_constants_of_equal_value_and_other_type_are_others(known):
-    def typed(x, constant):
+    def typed(x, constant=1):
         is_bool = isinstance(constant, bool)
         with numpyro.plate("n", N, subsample_size=len(x)):
             numpyro.sample("y", dist.Normal(100.0 if is_bool else constant, 1e-3))
 
-    svi = SubsampleSVI(typed, lambda *_: None, optax.sgd(0.1), Trace_ELBO(), constant=1)
+    svi = SubsampleSVI(
+        typed, lambda x, constant: None, optax.sgd(0.1), Trace_ELBO(), constant=1
+    )
     state = svi.init(KEY, whole())
     for constant, expected in ((1, 1.0), (True, 100.0), (1.0, 1.0), (2.0, 2.0)):
         svi.static_kwargs["constant"] = constant
@@ -564,7 +575,7 @@ def test_one_compilation_for_each_shape():
 
 
 def test_all_that_holds_parameters_is_taken(known):
-    svi, state = JOINT
+    svi, _ = JOINT
     batches = [whole(y=np.ones(N))]
     fit = svi.fit(KEY, batches, 3, **QUIET)
     ran = svi.run(KEY, 3, batches[0], **QUIET)
@@ -592,10 +603,15 @@ def encoded(x):
 
 def encoding(x):
     net = flax_module(
-        "net", Encoder(), jnp.ones((1, 1)), mutable=["batch_stats"], apply_rng=["dropout"]
+        "net",
+        Encoder(),
+        jnp.ones((1, 1)),
+        mutable=["batch_stats"],
+        apply_rng=["dropout"],
     )
+    keys = {"dropout": numpyro.prng_key()}
     with numpyro.plate("n", N, subsample_size=len(x)):
-        numpyro.sample("z", dist.Normal(net(x[:, None]), 0.01))
+        numpyro.sample("z", dist.Normal(net(x[:, None], rngs=keys), 0.01))
 
 
 def test_networks_keep_their_state_and_drop_out_row_by_row():
@@ -678,7 +694,7 @@ def test_padding_never_comes_back(site, shape):
     if shape:
         assert svi.predict(KEY, state, padded, **options)[site].shape == (2, *shape)
         return
-    with pytest.raises(ValueError, match=rf"'n' is padded, and site '{site}'.*capacity"):
+    with pytest.raises(ValueError, match=rf"padded, and site '{site}'.*capacity"):
         svi.predict(KEY, state, padded, **options)
 
 
@@ -710,7 +726,13 @@ def test_rows_with_their_ratings_and_a_plate_of_globals():
             ([9, 3], [0, 1, 1], [3, 2, 1]),
         ]
     ]
-    svi, state = svi_of(ratings, AutoNormal(ratings), first=batches[0])
+    first = minibatch(
+        *batches[0].args,
+        np.zeros(4),
+        rows=batches[0].rows,
+        along={"ratings": (0, 1, 2)},
+    )
+    svi, state = svi_of(ratings, AutoNormal(ratings), first=first)
     options = {"num_samples": 20, "return_sites": ["a", "z", "y"], **QUIET}
     draws = svi.predict(KEY, state, batches, **options)
     shapes = {name: own.shape for name, own in draws.items()}
@@ -778,14 +800,21 @@ CHUNKS = [batch_of([0, 1]), batch_of([2, 3])]
     ],
 )
 def test_errors(model, asked, message):
-    svi, state = svi_of(model, AutoNormal(model))
+    first = as_minibatch((np.ones(2), np.ones(2))) if model is observed_only else None
+    svi, state = svi_of(model, AutoNormal(model), first=first)
     batches, options = asked
     with pytest.raises(ValueError, match=message):
         svi.predict(KEY, state, batches, num_samples=2, **options, **QUIET)
 
 
+def of_rows(x, y=None):
+    with numpyro.plate("n", N, subsample_size=len(x)):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+
 def test_a_guide_that_needs_data_says_so():
-    svi, state = svi_of(model, AutoSemiDAIS(model, model, K=2))
+    svi, state = svi_of(of_rows, AutoSemiDAIS(of_rows, of_rows, K=2))
     with pytest.raises(ValueError, match=r"AutoSemiDAIS .* lacks those .*\['y'\]"):
         svi.predict(KEY, state, batch_of([1, 2]), num_samples=2)
     batch = minibatch(np.zeros(12), np.zeros(12), rows={"n": None})

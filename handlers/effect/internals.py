@@ -331,7 +331,7 @@ def compiled(function: Callable, *args: Any, quickly: bool = True) -> Callable:
     over is none of its constants, so that other data need no other program. A program
     that calls back is found by nobody else: its text does not say whom it calls.
     """
-    if jax.config.jax_disable_jit:  # ty: ignore[unresolved-attribute]
+    if jax.config.jax_disable_jit:  # ty: ignore[missing-attribute]
         return function
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     consts = [jnp.asarray(const) for const in jaxpr.consts]
@@ -339,8 +339,12 @@ def compiled(function: Callable, *args: Any, quickly: bool = True) -> Callable:
         consts, *jax.tree.leaves(args)
     )
     text = lowered.as_text()
-    devices = [str(getattr(leaf, "sharding", None)) for leaf in jax.tree.leaves((consts, args))]
-    key = quickly, sha256(text.encode()).digest(), *devices
+    # The text leaves out the arguments that nothing is computed of.
+    given = [
+        (jnp.shape(leaf), jnp.result_type(leaf), getattr(leaf, "sharding", None))
+        for leaf in jax.tree.leaves((consts, args))
+    ]
+    key = quickly, sha256(text.encode()).digest(), str(given)
     program = None if "callback" in text else _programs.get(key)
     if program is None:
         program = lowered.compile(_QUICKLY if quickly else None)

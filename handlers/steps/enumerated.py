@@ -61,7 +61,10 @@ def assignments(
 
 
 def log_likelihoods(
-    model: Callable[[], Any], sites: Mapping[str, Any], names: Collection[str]
+    model: Callable[[], Any],
+    sites: Mapping[str, Any],
+    names: Collection[str],
+    plates: set[str],
 ) -> dict[str, tuple[dict[str, Any], jax.Array]]:
     """Sum enumerated latents out of the log likelihoods of observed sites.
 
@@ -69,69 +72,80 @@ def log_likelihoods(
     ----------
     model, sites, names
         As for ``assignments``.
+    plates : set of str
+        The plates of the batch, row by row of which likelihoods are taken.
 
     Returns
     -------
     dict of str to tuple
-        By observed site: the site whose plates the log likelihood has, and that.
+        By observed site: the site whose plates its log likelihood has, and that.
 
     Raises
     ------
     ValueError
-        If the rows of a site are not independent, given the other latents.
+        If the rows of a site are not independent, given the other latents, or two
+        sites of one row.
     """
-    with plate_to_enum_plate(), enum(first_available_dim=_first_dim(sites)):
-        with packed_trace() as packed, _TrueDensities():
-            model()
+    enumerating = enum(first_available_dim=_first_dim(sites))
+    with plate_to_enum_plate(), enumerating, packed_trace() as packed:
+        model()
     factors = {
         name: to_funsor(
             site["fn"].log_prob(site["value"]),
-            funsor.Real,
+            output=funsor.Real,
             dim_to_name=site["infer"]["dim_to_name"],
         )
         for name, site in packed.items()
         if site["type"] == "sample" and (site["is_observed"] or name in names)
     }
-    found, summed_by = {}, {}
+    found: dict[str, Any] = {}
+    summed_for: dict[str, str] = {}
     for name, site in sites.items():
         if site["type"] != "sample" or not site["is_observed"]:
             continue
-        total, summed, layout = factors[name], [], site
-        while new := [n for n in total.inputs if n in names and n not in summed]:
-            layout = packed[new[0]]
-            own = {frame.name: frame.dim for frame in layout["cond_indep_stack"]}
-            if not summed:
-                total = total.reduce(
-                    funsor.ops.add, frozenset(total.inputs) - {*own, *names}
-                )
-            for latent in new:
-                _check_of_one_row(name, latent, packed, own, summed_by)
-                summed_by[latent] = name
-                total = total + factors[latent]
-                summed.append(latent)
-        if summed:
-            total = total.reduce(funsor.ops.logaddexp, frozenset(summed))
-            found[name] = layout, to_data(total, name_to_dim=own)
-        else:
+        summed = _ancestors(name, factors, names)
+        if not summed:
             found[name] = site, site["fn"].log_prob(site["value"])
+            continue
+        around, own = _dims(site), _dims(sites[summed[0]])
+        for latent in summed:
+            taken = summed_for.setdefault(latent, name)
+            why = None
+            if taken != name:
+                why = f"'{taken}' depends on it, too"
+            elif _dims(sites[latent]) != own or not own.items() <= around.items():
+                why = "it stands in other plates than other sites of the row"
+            elif not plates.isdisjoint(around.keys() - own.keys()):
+                why = "many rows depend on it"
+            if why:
+                raise ValueError(
+                    f"The log likelihood of site '{name}' cannot be taken row by row: "
+                    f"enumerated site '{latent}' is summed out, and {why}. Let the "
+                    f"guide draw '{latent}'."
+                )
+        # All data of a row go together, as those of its points in time.
+        total = factors[name].reduce(funsor.ops.add, around.keys() - own.keys())
+        total = sum((factors[latent] for latent in summed), total)
+        total = total.reduce(funsor.ops.logaddexp, frozenset(summed))
+        found[name] = sites[summed[0]], to_data(total, name_to_dim=own)
     return found
 
 
-def _check_of_one_row(
-    site: str, latent: str, packed: Mapping, own: dict, summed_by: dict[str, str]
-) -> None:
-    frames = {f.name: f.dim for f in packed[latent]["cond_indep_stack"]}
-    around = {f.name: f.dim for f in packed[site]["cond_indep_stack"]}
-    if frames != own or not frames.items() <= around.items():
-        why = f"'{latent}' stands in the plates {sorted(frames)}, and not in one row"
-    elif summed_by.get(latent, site) != site:
-        why = f"site '{summed_by[latent]}' depends on '{latent}', too"
-    else:
-        return
-    raise ValueError(
-        f"The log likelihood of site '{site}' cannot be taken row by row: enumerated "
-        f"{why}. Let the guide draw '{latent}'."
-    )
+def _ancestors(
+    name: str, factors: Mapping[str, Any], names: Collection[str]
+) -> list[str]:
+    """Return the enumerated latents that a site depends on, by others too."""
+    found, inputs = [], list(factors[name].inputs)
+    while inputs:
+        latent = inputs.pop()
+        if latent in names and latent not in found:
+            found.append(latent)
+            inputs += factors[latent].inputs
+    return found
+
+
+def _dims(site: dict[str, Any]) -> dict[str, int]:
+    return {frame.name: frame.dim for frame in site["cond_indep_stack"]}
 
 
 def _first_dim(sites: Mapping[str, Any]) -> int:

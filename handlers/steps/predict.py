@@ -8,10 +8,11 @@ randomness in common, whoever makes the keys.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -57,6 +58,82 @@ def predict(
     infer_discrete: bool = False,
     progress_bar: bool = True,
 ) -> dict[str, np.ndarray]:
+    """Draw from the posterior predictive distribution of the rows of batches.
+
+    Each draw takes latents of the batch's rows from the guide, as ``sample_posterior``
+    draws them, and runs the model with them. Observed values and conditions hold for
+    all that depends on them. What is returned for an observed site is a new draw from
+    its distribution.
+
+    Parameters
+    ----------
+    rng_key : array
+        The random key.
+    fitted : FitResult, SVIRunResult, SVIState or dict
+        What ``fit`` or ``run`` has returned, a state, or parameters as ``get_params``
+        gives them, which lack mutable state.
+    batches : Minibatch or iterable
+        One batch, or a list or a loader of batches. Memory holds one of these and its
+        draws at a time.
+    num_samples : int, default 1000
+        How many draws to make.
+    return_sites : sequence of str, optional
+        The sites to return, latents of the guide too. By default all deterministic
+        sites, and those sample sites that the guide does not draw.
+    unseen : sequence of str, optional
+        Plates that do not have the rows of these batches. Their latents are drawn from
+        the model, given the other latents. There may be more of them than the plate
+        has rows, and the batch's rows of such a plate say nothing.
+    infer_discrete : bool, default False
+        Draw enumerated latents given the data, and return them. Otherwise they are
+        drawn from the model, and not returned.
+    progress_bar : bool, default True
+        Show a progress bar, if there are many batches.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        By site, draws of shape ``(num_samples, ...)``. Those of rows stand one after
+        another along their plate's axis, in the order of the batches: with shuffled
+        batches, in that order, and not in that of the data. Rows of padding are left
+        out. Sites outside of the batch's plates are there once.
+
+    Raises
+    ------
+    ValueError
+        If parameters of guide or model are missing; if a site depends on rows that the
+        batch does not name, or on the rows of an unseen plate by anything but latents;
+        if a site that is returned would bring padding back, or depends on the batch
+        without being in its plates, or its axis of rows cannot be told; if batches
+        have different sites; if names, rows or counts do not fit the model.
+
+    See Also
+    --------
+    numpyro.infer.Predictive : The same for draws that one has.
+
+    Notes
+    -----
+    All draws of one number go together: latents outside of the batch's plates, and
+    all latents of a joint guide, are the same ones in all batches. What stands in the
+    batch's plates is drawn anew in each batch, with one latent for a row that is in
+    the batch twice.
+
+    Model and guide are traced in each call, once for each shape of batch. A call that
+    computes what an earlier one did compiles nothing. Draws are made in blocks of some
+    16 MiB.
+
+    A deterministic site is taken to hold the rows of a plate along the one axis that
+    is as long. What a model computes across rows inside of their plate, as a mean,
+    includes padded rows.
+
+    Examples
+    --------
+    >>> result = svi.fit(key, batches, epochs)
+    >>> batch = minibatch(X[rows], rows={"n": rows})
+    >>> y = svi.predict(key, result, batch)["y"]  # shape (1000, len(rows))
+    >>> new = minibatch(X_new, rows={"n": None})
+    >>> y_new = svi.predict(key, result, new, unseen=["n"])["y"]
+    """
     request = _Request(
         unseen=tuple(unseen),
         return_sites=None if return_sites is None else tuple(return_sites),
@@ -74,6 +151,36 @@ def log_likelihood(
     unseen: Sequence[str] = (),
     progress_bar: bool = True,
 ) -> dict[str, np.ndarray]:
+    """Return the log likelihood of each row of batches, for draws of the latents.
+
+    Enumerated latents are summed out. With the same key, the latents are those of
+    ``predict``.
+
+    Parameters
+    ----------
+    rng_key, fitted, batches, num_samples, progress_bar
+        As for ``predict``. The batches bring the data.
+    unseen : sequence of str, optional
+        Plates whose latents are drawn from the model, given the other latents, instead
+        of from the guide. Leave-one-out cross-validation needs it for each plate with
+        latents of its own for each row: those of the guide have seen the very row.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        By observed site, log densities of shape ``(num_samples, rows, ...)``, without
+        the scale of plates, in the order of the batches.
+
+    Raises
+    ------
+    ValueError
+        As for ``predict``; if the model observes nothing; if enumerated latents are
+        shared by rows, or by several observed sites.
+
+    Examples
+    --------
+    >>> svi.log_likelihood(key, result, batches, unseen=["people"])["y"]
+    """
     request = _Request(unseen=tuple(unseen), log_likelihood=True)
     return _computed(self, rng_key, fitted, batches, num_samples, progress_bar, request)
 
@@ -138,9 +245,7 @@ def _computed(
     }
 
 
-def _concatenated(
-    name: str, parts: list[np.ndarray], draws: list[_Draw]
-) -> np.ndarray:
+def _concatenated(name: str, parts: list[np.ndarray], draws: list[_Draw]) -> np.ndarray:
     """Concatenate the rows of one site."""
     site, plates = draws[0].sites[name], draws[0].plates
     # What one shape of batch leaves open, another may tell.
@@ -414,7 +519,7 @@ class _Draw:
             with self._around(given), new, replay(trace=latents):
                 self._svi.model(*args, **kwargs)
 
-        latents: dict[str, Any] = {}
+        latents: OrderedDict[str, Any] = OrderedDict()
         pins = self._pins_of_guide(model)
         keys = jax.random.split(key, 8)
         of_guide, of_model, of_data, of_enumerated = (
@@ -423,11 +528,11 @@ class _Draw:
         )
         _, drawn = self._two_draws(guide, of_guide, joint=self._joint())
         self.of_guide = set().union(*map(_plates_of, drawn.values()))
-        latents = {
-            name: {**site, "value": self._one_a_row(site, given.first)}
-            for name, site in drawn.items()
-            if _is_latent(site) and _plates_of(site).isdisjoint(unseen)
-        }
+        for name, site in drawn.items():
+            if _is_latent(site) and _plates_of(site).isdisjoint(unseen):
+                value = self._one_a_row(site, given.first)
+                # Without records of its plates, of which unseen ones differ.
+                latents[name] = site | {"value": value, "plates": {}}
         outside, sites = self._two_draws(model, of_model)
         check_names("unseen", dict.fromkeys(unseen), self.any_rows.sizes)
         enumerated = [
@@ -586,7 +691,7 @@ class _Draw:
         self, model: Callable, sites: dict[str, Any], enumerated: list[str]
     ) -> dict[str, jax.Array]:
         if enumerated:
-            found = log_likelihoods(model, sites, enumerated)
+            found = log_likelihoods(model, sites, enumerated, self.plates)
         else:
             found = {
                 name: (site, site["fn"].log_prob(site["value"]))
@@ -681,7 +786,6 @@ class _Program:
         self._rows = rows
         self._given = given
         self._one = lambda **some: run(keys[0], given._replace(**some), rows)
-        self._made_from: dict[str, frozenset[str]] = {}
 
     def fits(self, batch: _Batch, given: _Given) -> bool:
         return self._like.is_like(batch) and self._types == _types(given)
@@ -709,56 +813,41 @@ class _Program:
 
     def _check_padding(self, padded: Collection[str]) -> None:
         """Refuse sites that would bring padding back."""
-        taken = self.draw.any_rows.taken
         for name, site in self.draw.sites.items():
-            for plate in sorted(padded):
-                why = ""
-                if site.axes.get(plate, 0) is None:
-                    why = f"has several axes as long as it, {taken[plate]}"
-                elif plate not in site.axes and self._depends_on(name, taken[plate]):
-                    why = "depends on it, and has no axis for its rows"
-                if why:
-                    raise ValueError(
-                        f"Plate '{plate}' is padded, and site '{name}' {why}, so its "
-                        "padding cannot be removed. Leave the site out of "
-                        "return_sites, or give the batch without a capacity."
-                    )
+            why = None
+            if found := [p for p in sorted(padded) if site.axes.get(p, 0) is None]:
+                why = f"has several axes that are as long as plate '{found[0]}' is"
+            elif (
+                site.axes.keys().isdisjoint(self.draw.plates)
+                and self._depends_on_rows[name]
+            ):
+                why = "depends on its rows, and has no axis for them"
+            if why:
+                raise ValueError(
+                    f"The batch is padded, and site '{name}' of the plates "
+                    f"{sorted(site.plates)} {why}, so padding cannot be removed. Leave "
+                    "it out of return_sites, or give the batch without a capacity."
+                )
 
-    def _depends_on(self, name: str, length: int) -> bool:
-        """Tell whether a site depends on rows of padded plates that take so many.
+    @cached_property
+    def _depends_on_rows(self) -> dict[str, frozenset[str]]:
+        """For each site, of what that may be padded it is made."""
+        given, taken = self._given, self.draw.any_rows.taken
+        capacities = [taken[plate] for plate in self._like.counts]
+        # Arguments that are as long as a capacity are taken to be padded to it.
+        padded = {
+            str(place): leaf
+            for place, leaf in enumerate(given.leaves)
+            if leaf is not None and leaf.ndim and len(leaf) in capacities
+        }
 
-        Arguments of the model that are as long are taken to run along them.
-        """
-        site, taken = self.draw.sites[name], self.draw.any_rows.taken
-        if any(taken[plate] == length for plate in site.axes):
-            return False
-        if not self._made_from:
-            given, groups = self._given, {}
-            for own in {taken[plate] for plate in self._like.counts}:
-                groups[str(own)] = [
-                    {n: rows for n, rows in given.rows.items() if taken[n] == own},
-                    {
-                        str(place): leaf
-                        for place, leaf in enumerate(given.leaves)
-                        if leaf is not None and leaf.shape[:1] == (own,)
-                    },
-                ]
+        def one(number: jax.Array, rows: dict, padded: dict) -> Any:
+            leaves = [padded.get(str(n), own) for n, own in enumerate(given.leaves)]
+            return self._one(number=number, rows=rows, leaves=leaves)
 
-            def one(number: jax.Array, **groups: Any) -> Any:
-                rows, leaves = dict(given.rows), list(given.leaves)
-                for own, of_arguments in groups.values():
-                    rows |= own
-                    for place, leaf in of_arguments.items():
-                        leaves[int(place)] = leaf
-                return self._one(rows=rows, leaves=leaves, number=number)
-
-            self._made_from = internals.eval_provenance(
-                one, number=given.number, **groups
-            )
         # What is drawn in the plates of the batch is drawn by its number.
-        outside = site.plates.isdisjoint(self.draw.plates)
-        return not self._made_from[name].isdisjoint(
-            {str(length), "number"} if outside else {str(length)}
+        return internals.eval_provenance(
+            one, number=given.number, rows=given.rows, padded=padded
         )
 
 
@@ -773,7 +862,9 @@ def _check_independent(
                 remedy = "Let the model take the data of its rows as an argument."
             else:
                 why = "which nobody has named"
-                remedy = f"Say which they are: minibatch(..., rows={{'{plate}': rows}})."
+                remedy = (
+                    f"Say which they are: minibatch(..., rows={{'{plate}': rows}})."
+                )
             raise ValueError(
                 f"Site '{site}' depends on the rows of plate '{plate}' (size "
                 f"{sizes[plate]}), {why}. {remedy}"
