@@ -57,8 +57,10 @@ def fitted():
 
 
 def loo_of(likelihood):
-    """Leave-one-out by importance sampling."""
-    return loo(from_dict({"log_likelihood": {"y": likelihood[None]}}), pointwise=True)
+    """Leave-one-out by importance sampling; it asks for some posterior, too."""
+    one_chain = {"y": likelihood[None]}
+    groups = {"log_likelihood": one_chain, "posterior": one_chain}
+    return loo(from_dict(groups), pointwise=True)
 
 
 def test_leave_one_out_with_latents_of_rows_takes_these_from_the_model(fitted):
@@ -67,22 +69,10 @@ def test_leave_one_out_with_latents_of_rows_takes_these_from_the_model(fitted):
     elpd = (logsumexp(unseen, 0) - np.log(len(unseen))).sum()
     assert abs(elpd - exact_elpd()) < 3
     # The latents of the guide have seen the row that is left out.
-    seen = loo_of(svi.log_likelihood(KEY, params, batch, 1000)["y"])
-    assert seen.elpd > exact_elpd() + 20
-    assert (seen.pareto_k > 0.7).mean() > 0.3
-
-
-def test_leave_one_out_by_importance_sampling_of_what_is_global(fitted):
-    """The same batch again has the same globals and other latents of rows."""
-    svi, params, batch = fitted
-    times = 100
-    many = svi.log_likelihood(
-        KEY, params, [batch] * times, 500, unseen=["people"], progress_bar=False
-    )["y"]
-    of_rows = logsumexp(many.reshape(500, times, N), 1) - np.log(times)
-    found = loo_of(of_rows)
-    assert abs(found.elpd - exact_elpd()) < 3
-    assert (found.pareto_k < 0.7).all()
+    with pytest.warns(UserWarning, match="Pareto"):
+        seen = loo_of(svi.log_likelihood(KEY, params, batch, 1000)["y"])
+    assert seen.elpd > exact_elpd() + 80
+    assert (seen.pareto_k > 0.7).mean() > 0.5
 
 
 def test_leave_one_out_without_latents_of_rows():
