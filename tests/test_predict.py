@@ -595,13 +595,25 @@ class Encoder(nn.Module):
         return nn.Dropout(0.5, deterministic=False)(x)[..., 0]
 
 
-def encoded(x):
+def encoded(x, y=None):
     with numpyro.plate("n", N, subsample_size=len(x)):
         z = numpyro.sample("z", dist.Normal(0, 1))
-        numpyro.sample("y", dist.Normal(z, 1e-3))
+        numpyro.sample("y", dist.Normal(z, 1e-3), obs=y)
 
 
-def encoding(x):
+def test_losses_without_a_step_carry_the_mutable_state():
+    """The loss of a step is computed with the same key, before it moves anything."""
+    x = np.linspace(-1, 1, 4).astype("float32")
+    batch = minibatch(x, x, rows={"n": None})
+    svi, state = svi_of(encoded, encoding, first=batch)
+    np.testing.assert_allclose(
+        svi.evaluate(state, batch), svi.update(state, batch)[1], rtol=1e-5
+    )
+    fit = svi.fit(KEY, [batch], 2, validation=[batch], **QUIET)
+    assert np.isfinite(fit.validation_losses).all()
+
+
+def encoding(x, y=None):
     net = flax_module(
         "net",
         Encoder(),

@@ -221,7 +221,7 @@ def _computed(
     for number, item in enumerate(tqdm(batches, disable=not progress_bar)):
         batch = _Batch(svi, item, request.unseen)
         arrays = batch.leaves, batch.rows, batch.first
-        given = _Given(params, posteriors, jnp.uint32(number), *arrays)
+        given = _Given(params, posteriors, np.uint32(number), *arrays)
         program = next((own for own in programs if own.fits(batch, given)), None)
         if program is None:
             program = _Program(svi, request, batch, keys, given)
@@ -343,7 +343,7 @@ class _Given(NamedTuple):
 
     params: dict[str, Any]
     posteriors: list[Any]
-    number: jax.Array  # of the batch
+    number: np.uint32 | jax.Array  # of the batch
     leaves: list[jax.Array | None]  # of the model's arguments
     rows: dict[str, jax.Array]
     first: dict[str, jax.Array]  # for each row, where it is met first in the batch
@@ -361,12 +361,10 @@ class _Batch:
         args, kwargs, rows, counts = svi._unpacked((batch,), {}, None, None)
         leaves, self.structure = jax.tree.flatten((args, kwargs | svi.static_kwargs))
         self.constants = [None if isinstance(a, _ARRAYS) else a for a in leaves]
-        self.leaves = [
-            jnp.asarray(a) if isinstance(a, _ARRAYS) else None for a in leaves
-        ]
+        self.leaves = [_array(a) if isinstance(a, _ARRAYS) else None for a in leaves]
         self.known = {name: np.asarray(own) for name, own in rows.items()}
         self.known = {n: own for n, own in self.known.items() if n not in unseen}
-        self.rows = {name: jnp.asarray(own) for name, own in self.known.items()}
+        self.rows = {name: _array(rows[name]) for name in self.known}
         self.counts = {name: int(count) for name, count in counts.items()}
         self.plates = {*batch.rows, *batch.counts, *rows, *counts, *unseen}
         self.says_plates = bool(batch.rows or batch.counts)
@@ -379,7 +377,7 @@ class _Batch:
             if len(index) < count:
                 padding = np.arange(count, len(own))
                 first = np.concatenate([index[inverse], padding])
-                self.first[name] = jnp.asarray(first)
+                self.first[name] = _array(first)
 
     def arguments(self, leaves: list[jax.Array | None]) -> tuple[tuple, dict]:
         given = zip(leaves, self.constants, strict=True)
@@ -394,6 +392,15 @@ class _Batch:
             and self.says_plates == other.says_plates
             and all(map(_same, self.constants, other.constants))
         )
+
+
+def _array(array: Any) -> Any:
+    """Give an array the type that JAX would."""
+    # To make it JAX's own array takes as long as the draws of some rows.
+    if isinstance(array, jax.Array):
+        return array
+    array = np.asarray(array)
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -502,6 +509,7 @@ class _Draw:
         self.sites: dict[str, _Site] = {}
 
     def __call__(self, key: jax.Array, given: _Given, rows: dict) -> dict[str, Any]:
+        given = jax.tree.map(jnp.asarray, given)
         with _on(self._svi, given.rows):
             return self._run(key, given, rows)
 
@@ -841,7 +849,7 @@ class _Program:
             if leaf is not None and leaf.ndim and len(leaf) in capacities
         }
 
-        def one(number: jax.Array, rows: dict, padded: dict) -> Any:
+        def one(number: Any, rows: dict, padded: dict) -> Any:
             leaves = [padded.get(str(n), own) for n, own in enumerate(given.leaves)]
             return self._one(number=number, rows=rows, leaves=leaves)
 

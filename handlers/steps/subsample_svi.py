@@ -391,6 +391,12 @@ class SubsampleSVI(SVI):
         """
         args, kwargs, indices, valid = self._unpacked(args, kwargs, indices, valid)
         with self._batch(indices, valid):
+            return self._evaluate(svi_state, args, kwargs)
+
+    def _evaluate(self, svi_state: SVIState, args: tuple, kwargs: dict) -> Any:
+        # NumPyro leaves out the mutable state.
+        params = self.get_params(svi_state) | (svi_state.mutable_state or {})
+        with internals.replaced(self, get_params=lambda _: params):
             return super().evaluate(svi_state, *args, **kwargs)
 
     def _step(
@@ -408,7 +414,7 @@ class SubsampleSVI(SVI):
             return step(state, *args, **kwargs)
 
         def evaluate(state: SVIState) -> Any:
-            return SVI.evaluate(self, state, *args, **kwargs)
+            return self._evaluate(state, args, kwargs)
 
         with self._batch(indices, valid):
             if self._row_steps is None:
