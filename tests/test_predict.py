@@ -512,16 +512,24 @@ def test_arrays_inside_compiled_functions_of_the_model_are_current():
 
 def test_a_callback_is_the_models_own():
     def predicted(value):
+        seen = []
+
         def model(x):
             shape = jax.ShapeDtypeStruct((), jnp.float32)
             loc = jax.pure_callback(
                 lambda: np.float32(value), shape, vmap_method="sequential"
             )
+            jax.debug.callback(seen.append, loc)
             with numpyro.plate("n", N, subsample_size=len(x)):
                 numpyro.sample("y", dist.Normal(loc, 1e-3))
 
         svi, state = svi_of(model, lambda x: None, first=whole())
-        return svi.predict(KEY, state, whole(), num_samples=2)["y"]
+        seen.clear()
+        y = svi.predict(KEY, state, whole(), num_samples=2)["y"]
+        jax.effects_barrier()
+        assert seen
+        assert set(map(float, seen)) == {value}
+        return y
 
     for value in (1.0, 50.0):
         np.testing.assert_allclose(predicted(value), value, atol=0.1)

@@ -105,7 +105,7 @@ def predict(
 
     Model and guide are traced in each call, once for each shape of batch. A call that
     computes what an earlier one did compiles nothing. Draws are made in blocks of some
-    16 MiB.
+    16 MiB. Effects of the model, such as ``jax.debug.callback``, happen twice a draw.
 
     A deterministic site is taken to hold the rows of a plate along the one axis that
     is as long. What a model computes across rows inside of their plate, as a mean,
@@ -412,5 +412,5 @@ def _largest(jaxpr: Any, keys: int) -> int:
             differ.update(eqn.outvars)
             avals = [var.aval for var in eqn.outvars]
             sizes = [own.size * own.dtype.itemsize for own in avals]
-            largest = max(largest, *sizes)
+            largest = max([largest, *sizes])
     return largest
