@@ -156,6 +156,21 @@ def test_unseen_rows_with_other_guides(guide_class):
     assert_moments(draws["z"] - (draws["offset"] - 1)[:, None], 0, 1)
 
 
+def test_amortised_guide_encodes_rows_that_it_has_not_met():
+    """A batch that names no rows is all that it needs; the prior is not asked."""
+
+    def guide(x, y=None):
+        numpyro.sample("mu", dist.Delta(0.0))
+        with numpyro.plate("n", N, subsample_size=len(x)):
+            numpyro.sample("z", dist.Normal(numpyro.param("slope", 2.0) * x, 1.0))
+
+    x = np.array([0.0, 1.0, 3.0])
+    svi, state = svi_of(model, guide, first=minibatch(x, x, rows={"n": None}))
+    batches = [minibatch(part, rows={"n": None}, capacity=2) for part in (x[:2], x[2:])]
+    draws = svi.predict(KEY, state, batches, num_samples=DRAWS, **QUIET)
+    assert_moments(draws["y"], 3 * x, np.hypot(1, NOISE))
+
+
 def test_plates_go_by_the_names_that_handlers_outside_see():
     scoped = handlers.scope(model, prefix="s")
     first = minibatch(np.zeros(3), np.zeros(3), rows={"s/n": np.arange(3)})
@@ -771,6 +786,12 @@ def indexing(x, y=None):
         numpyro.sample("y", dist.Normal(z + jnp.sin(rows), 1), obs=y)
 
 
+def with_a_parameter(x, y=None):
+    with numpyro.plate("n", N, subsample_size=len(x)):
+        w = numpyro.param("w", jnp.arange(1.0 * N), event_dim=0)
+        numpyro.sample("y", dist.Normal(w, 1), obs=y)
+
+
 def outside(x, y=None):
     with numpyro.plate("n", N, subsample_size=len(x)):
         z = numpyro.sample("z", dist.Normal(0, 1))
@@ -808,6 +829,8 @@ CHUNKS = [batch_of([0, 1]), batch_of([2, 3])]
         (model, one({"n": np.array([0, 1, 10])}), r"from 0 to 10"),
         (model, one(ROWS, return_sites=["w"]), r"'w'.*\['moved', 'mu'"),
         (indexing, one(unseen=["n"]), r"'y' depends on the rows of plate 'n' .* none"),
+        (with_a_parameter, one(unseen=["n"]), r"'y' depends on the rows of plate 'n'"),
+        (with_a_parameter, one(unseen=["n"], count=N), r"'y' depends on the rows"),
         (outside, (CHUNKS, {}), r"'mean' stands outside of the plates"),
         (observed_only, ([np.ones(2)] * 2, {}), r"'y' has the rows of plate 'other'"),
         (
@@ -821,7 +844,8 @@ CHUNKS = [batch_of([0, 1]), batch_of([2, 3])]
 )
 def test_errors(model, asked, message):
     first = as_minibatch((np.ones(2), np.ones(2))) if model is observed_only else None
-    svi, state = svi_of(model, AutoNormal(model), first=first)
+    guide = (lambda *_: None) if model is with_a_parameter else AutoNormal(model)
+    svi, state = svi_of(model, guide, first=first)
     batches, options = asked
     with pytest.raises(ValueError, match=message):
         svi.predict(KEY, state, batches, num_samples=2, **options, **QUIET)
