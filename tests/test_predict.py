@@ -729,7 +729,9 @@ def test_padding_never_comes_back(site, shape):
     if shape:
         assert svi.predict(KEY, state, padded, **options)[site].shape == (2, *shape)
         return
-    with pytest.raises(ValueError, match=rf"padded, and site '{site}'.*capacity"):
+    with pytest.raises(
+        ValueError, match=rf"\['n'\] are padded, and site '{site}'.*capacity"
+    ):
         svi.predict(KEY, state, padded, **options)
 
 

@@ -330,17 +330,17 @@ class _Program:
         for name, site in self.draw.sites.items():
             why = None
             if found := [p for p in sorted(padded) if site.axes.get(p, 0) is None]:
-                why = f"has several axes that are as long as plate '{found[0]}' is"
+                why = f"has several axes that are as long as '{found[0]}' is"
             elif (
                 site.axes.keys().isdisjoint(self.draw.plates)
                 and self._depends_on_rows[name]
             ):
-                why = "depends on its rows, and has no axis for them"
+                why = "depends on their rows, and has no axis for them"
             if why:
                 raise ValueError(
-                    f"The batch is padded, and site '{name}' of the plates "
-                    f"{sorted(site.plates)} {why}, so padding cannot be removed. Leave "
-                    "it out of return_sites, or give the batch without a capacity."
+                    f"Plates {sorted(padded)} are padded, and site '{name}' {why}, so "
+                    "padding cannot be removed. Leave the site out of return_sites, or "
+                    "give the batch without a capacity."
                 )
 
     @cached_property
