@@ -75,7 +75,7 @@ class mask_padding(Handler):
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
         if exc_type is None:
-            check_names(self.counts, self.subsamples)
+            check_names("The batch", self.counts, self.subsamples)
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate":
@@ -187,14 +187,14 @@ def check_count(name: str, count: int, capacity: int) -> None:
         )
 
 
-def check_names(names: Iterable[str], plates: Iterable[str]) -> None:
-    """Refuse names in a batch that are not among the model's plates."""
+def check_names(what: str, names: Iterable[str], plates: Iterable[str]) -> None:
+    """Refuse names that are not among the model's plates; `what` gives them."""
     plates = sorted(plates)
     for name in sorted(set(names) - set(plates)):
         close = get_close_matches(name, plates, n=1)
         meant = f" Did you mean '{close[0]}'?" if close else ""
         raise ValueError(
-            f"The batch names a plate '{name}' that the model does not have; its "
+            f"{what} names a plate '{name}' that the model does not have; its "
             f"plates are {plates}.{meant}"
         )
 

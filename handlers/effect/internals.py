@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from hashlib import sha256
 from importlib.metadata import version
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import jax
+import jax.numpy as jnp
 import numpyro
 
 try:
     from jax.core import Tracer, eval_jaxpr
+    from numpyro.contrib.funsor.discrete import _sample_posterior as sample_enumerated
     from numpyro.contrib.funsor.enum_messenger import enum
     from numpyro.contrib.funsor.enum_messenger import plate as enum_plate
     from numpyro.handlers import replay, scope, substitute, trace
@@ -38,7 +41,14 @@ except (AttributeError, ImportError) as error:
         f"{version('numpyro')} and jax {version('jax')} it misses: {error}."
     ) from error
 
-__all__ = ["CondIndepStackFrame", "Messenger", "Optimizer", "Tracer", "eval_provenance"]
+__all__ = [
+    "CondIndepStackFrame",
+    "Messenger",
+    "Optimizer",
+    "Tracer",
+    "eval_provenance",
+    "sample_enumerated",
+]
 
 
 class Handler(Messenger):
@@ -217,6 +227,11 @@ def set_up_prototype(guide: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     guide._setup_prototype(*args, **kwargs)
 
 
+def with_posterior(guide: Any, posterior: Any) -> Any:
+    """Let a joint guide draw from another distribution of all latents."""
+    return replaced(guide, _get_posterior=lambda *args, **kwargs: posterior)
+
+
 def initial_values(guide: Any) -> dict[str, Any]:
     """Return where the latents of a guide start, by site, to be changed."""
     return guide._init_locs
@@ -255,43 +270,52 @@ def forget_first_call(guide: Any) -> None:
 
 # ------------------------------------------------------------------ programs
 
-_programs: dict[int, Callable] = {}
+_programs: dict[Any, Callable] = {}
 
 # They run once, so that compiling is most of what they take.
-_QUICKLY: dict[str, str | bool] = {
+QUICKLY: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
 }
 # Operations that run one after another round as they do by themselves.
-_EXACTLY = _QUICKLY | {"xla_disable_hlo_passes": "constant_folding,fusion"}
+EXACTLY = QUICKLY | {"xla_disable_hlo_passes": "constant_folding,fusion"}
 
 
-def compiled(function: Callable, *args: Any, exactly: bool = False) -> Callable:
+def compiled(
+    function: Callable, *args: Any, options: Mapping[str, Any] = QUICKLY
+) -> Callable:
     """Compile a function of arrays, or find the program that computes the same.
 
     The program computes at once, whatever is being traced. What the function closes
     over is none of its constants, so that other data need no other program. A program
     that calls back to the host is used by nobody else, since its text does not tell
-    what it calls. With `exactly`, its numbers are those of the function without
-    compilation, bit for bit, but a large program takes longer to compile.
+    what it calls. XLA's `options` are `QUICKLY`, `EXACTLY`, or none for a program that
+    runs long.
     """
-    options = _EXACTLY if exactly else _QUICKLY
+    if jax.config.jax_disable_jit:  # ty: ignore[missing-attribute]
+        return function
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    consts = [jnp.asarray(const) for const in jaxpr.consts]
     lowered = jax.jit(partial(eval_jaxpr, jaxpr.jaxpr)).lower(
-        jaxpr.consts, *jax.tree.leaves(args)
+        consts, *jax.tree.leaves(args)
     )
     text = lowered.as_text()
-    if "callback" in text or jaxpr.effects:
-        program = lowered.compile(options)
-    else:
-        known = hash((text, exactly))
-        program = _programs.get(known)
-        if program is None:
-            program = _programs[known] = lowered.compile(options)
+    # The text leaves out the arguments that nothing is computed of.
+    given = [
+        (jnp.shape(leaf), jnp.result_type(leaf), getattr(leaf, "sharding", None))
+        for leaf in jax.tree.leaves((consts, args))
+    ]
+    key = sha256(text.encode()).digest(), str(given), str(options)
+    is_own = "callback" in text or bool(jaxpr.effects)
+    program = None if is_own else _programs.get(key)
+    if program is None:
+        program = lowered.compile(dict(options))
+        if not is_own:
+            _programs[key] = program
     structure = jax.tree.structure(shapes)
 
     def run(*args: Any) -> Any:
-        leaves = program(jaxpr.consts, *jax.tree.leaves(args))
+        leaves = program(consts, *jax.tree.leaves(args))
         return jax.tree.unflatten(structure, leaves)
 
     return run

@@ -1,312 +1,368 @@
 """Predict the rows of batches, and compute the log likelihoods of their data.
 
-One function is compiled for each shape of batch: it runs guide and model for all
-draws. Padding is removed, and batches are concatenated, outside of it.
+JAX traces one draw for each shape of batch; here it is compiled for all draws, run for
+one batch after another, and the rows are put together.
 """
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
-from zlib import crc32
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_static
-from numpyro.distributions import Unit
-from numpyro.handlers import replay, seed, substitute, trace, uncondition
-from numpyro.infer.autoguide import AutoSemiDAIS
-from numpyro.infer.svi import SVIState
+from jax.extend.core import Literal, jaxpr_as_fun
 from tqdm.auto import tqdm
 
-from ..batches.minibatch import as_minibatch
-from ..batches.padding import check_count, check_names, valid_rows
+from ..batches.minibatch import Minibatch
+from ..batches.padding import check_count, check_names
 from ..effect import internals
-from ..effect.guide_call import GuideCall
-from ..effect.guides import autoguides_in
-from ..effect.PLATES import PlateRows, check_rows, read_plates
+from ..effect.rows import check_rows
+from .draw import Draw, Request
+from .inputs import Batch, Given, params_of, posteriors_of
 
+if TYPE_CHECKING:
+    from .subsample_svi import SubsampleSVI
 
-@dataclass(frozen=True)
-class Request:
-    """What to compute for each batch.
-
-    Attributes
-    ----------
-    num_samples : int
-        The number of draws.
-    unseen : tuple of str
-        The plates that do not have the rows of the batch yet.
-    return_sites : tuple of str or None
-        The sites to return. None means all deterministic sites, and all sample sites
-        that the guide does not draw.
-    log_likelihood : bool
-        Whether to return log likelihoods of the observed sites instead of draws.
-    """
-
-    num_samples: int
-    unseen: tuple[str, ...] = ()
-    return_sites: tuple[str, ...] | None = None
-    log_likelihood: bool = False
-
-
-@register_static
-@dataclass(frozen=True, eq=False)
-class _Layout:
-    """The plates of guide and model, and where sites hold their rows.
-
-    Known once JAX has traced the compiled function, which returns it as a static part
-    of its result.
-
-    Attributes
-    ----------
-    sizes, subsample_sizes : dict of str to int
-        The sizes of each plate.
-    of_batch : set of str
-        The plates that have other rows in each batch.
-    of_guide : set of str
-        The plates of the guide's latents.
-    axes : dict of str to dict
-        For each site, the axis of each of its plates, counted from the right.
-    """
-
-    sizes: dict[str, int]
-    subsample_sizes: dict[str, int]
-    of_batch: set[str]
-    of_guide: set[str]
-    axes: dict[str, dict[str, int]]
-
-
-_ARRAYS = np.ndarray | np.generic | jax.Array
-
-
-def unpacked(svi: Any, batches: Iterable, progress_bar: bool) -> Iterator[tuple]:
-    """Unpack the batches of a loader for ``predict``."""
-    for item in tqdm(batches, disable=not progress_bar):
-        yield svi._unpacked((as_minibatch(item),), {}, None, None)
+# What the draws that are made at once may take, in bytes.
+_BLOCK = 2**24
+# About how many values as large as the largest are there at the same time.
+_AT_ONCE = 8
 
 
 def predict(
-    svi: Any,
+    self: SubsampleSVI,
     rng_key: jax.Array,
-    state_or_params: Any,
-    batches: Iterable[tuple],
-    request: Request,
+    fitted: Any,
+    batches: Minibatch | Iterable[Any],
+    num_samples: int = 1000,
+    return_sites: Sequence[str] | None = None,
+    unseen: Sequence[str] = (),
+    infer_discrete: bool = False,
+    progress_bar: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Compute a request for each batch, and concatenate the rows of all batches.
+    """Draw from the posterior predictive distribution of the rows of batches.
+
+    Each draw takes latents of the batch's rows from the guide, as ``sample_posterior``
+    draws them, and runs the model with them. Observed values and conditions hold for
+    all that depends on them. What is returned for an observed site is a new draw from
+    its distribution.
 
     Parameters
     ----------
-    svi : SubsampleSVI
-        Has the model and the guide.
-    rng_key : jax.Array
+    rng_key : array
         The random key.
-    state_or_params : SVIState or dict
-        The state, or the parameters.
-    batches : iterable of tuple
-        For each batch: args and kwargs of the model, indices, valid counts.
-    request : Request
-        What to compute.
+    fitted : FitResult, SVIRunResult, SVIState or dict
+        What ``fit`` or ``run`` has returned, a state, or parameters as ``get_params``
+        gives them, which lack mutable state.
+    batches : Minibatch or iterable
+        One batch, or a list or a loader of batches. Memory holds one of these and its
+        draws at a time.
+    num_samples : int, default 1000
+        How many draws to make.
+    return_sites : sequence of str, optional
+        The sites to return, latents of the guide too. By default all deterministic
+        sites, and those sample sites that the guide does not draw.
+    unseen : sequence of str, optional
+        Plates that do not have the rows of these batches. Their latents are drawn from
+        the model, given the other latents. There may be more of them than the plate
+        has rows, and the batch's rows of such a plate say nothing.
+    infer_discrete : bool, default False
+        Draw enumerated latents given the data, and return them. Otherwise they are
+        drawn from the model, and not returned.
+    progress_bar : bool, default True
+        Show a progress bar, if there are many batches.
 
     Returns
     -------
     dict of str to numpy.ndarray
-        The draws of each site, or its log likelihoods.
+        By site, draws of shape ``(num_samples, ...)``. Those of rows stand one after
+        another along their plate's axis, in the order of the batches: with shuffled
+        batches, in that order, and not in that of the data. Rows of padding are left
+        out. Sites outside of the batch's plates are there once.
 
     Raises
     ------
     ValueError
-        If the batches do not fit the plates, or the sites of different batches cannot
-        be concatenated.
+        If parameters of guide or model are missing; if a site depends on rows that the
+        batch does not name, or on the rows of an unseen plate by anything but latents;
+        if a site that is returned would bring padding back, or depends on the batch
+        without being in its plates, or its axis of rows cannot be told; if batches
+        have different sites; if names, rows or counts do not fit the model.
+
+    See Also
+    --------
+    numpyro.infer.Predictive : The same for draws that one has.
+
+    Notes
+    -----
+    All draws of one number go together: latents outside of the batch's plates, and
+    all latents of a joint guide, are the same ones in all batches. What stands in the
+    batch's plates is drawn anew in each batch, with one latent for a row that is in
+    the batch twice.
+
+    Model and guide are traced in each call, once for each shape of batch. A call that
+    computes what an earlier one did compiles nothing. Draws are made in blocks of some
+    16 MiB. Effects of the model, such as ``jax.debug.callback``, happen twice a draw.
+
+    A deterministic site is taken to hold the rows of a plate along the one axis that
+    is as long. What a model computes across rows inside of their plate, as a mean,
+    includes padded rows.
+
+    Examples
+    --------
+    >>> result = svi.fit(key, batches, epochs)
+    >>> batch = minibatch(X[rows], rows={"n": rows})
+    >>> y = svi.predict(key, result, batch)["y"]  # shape (1000, len(rows))
+    >>> new = minibatch(X_new, rows={"n": None})
+    >>> y_new = svi.predict(key, result, new, unseen=["n"])["y"]
     """
-    params = state_or_params
-    if isinstance(params, SVIState):
-        params = svi.get_params(params) | (params.mutable_state or {})
-    # Values from handlers around become constants of a compiled function.
-    programs = {} if internals.handlers_around() else svi._programs
-    # A copy of an SVI shares the dict, and may have another guide.
-    program = programs.setdefault(
-        id(svi), jax.jit(partial(_draws, svi), static_argnums=0)
+    request = Request(
+        unseen=tuple(unseen),
+        return_sites=None if return_sites is None else tuple(return_sites),
+        infer_discrete=infer_discrete,
     )
-    parts, layout = [], None
-    for number, (args, kwargs, indices, valid) in enumerate(batches):
-        leaves, structure = jax.tree.flatten((args, kwargs | svi.static_kwargs))
-        arrays = [leaf if isinstance(leaf, _ARRAYS) else None for leaf in leaves]
-        constants = tuple(None if isinstance(a, _ARRAYS) else a for a in leaves)
-        indices = {n: rows for n, rows in indices.items() if n not in request.unseen}
-        counts = jax.tree.map(int, valid_rows(valid).counts)
-        static, batch = (request, structure, constants), (arrays, indices, counts)
-        part, layout = program(static, rng_key, params, number, batch)
-        for name, rows in indices.items():
-            check_rows(name, layout.sizes[name], rows)
-        check_names("valid", counts, layout.sizes)
-        part = jax.device_get(part)
-        for plate, count in counts.items():
-            check_count(plate, count, layout.subsample_sizes[plate])
-            for name, axes in layout.axes.items():
-                if plate in axes:
-                    part[name] = np.split(part[name], [count], axes[plate])[0]
-        parts.append(part)
-    if layout is None:
+    return _computed(self, rng_key, fitted, batches, num_samples, progress_bar, request)
+
+
+def log_likelihood(
+    self: SubsampleSVI,
+    rng_key: jax.Array,
+    fitted: Any,
+    batches: Minibatch | Iterable[Any],
+    num_samples: int = 1000,
+    unseen: Sequence[str] = (),
+    progress_bar: bool = True,
+) -> dict[str, np.ndarray]:
+    """Return the log likelihood of each row of batches, for draws of the latents.
+
+    Enumerated latents are summed out. With the same key, the latents are those of
+    ``predict``.
+
+    Parameters
+    ----------
+    rng_key, fitted, batches, num_samples, progress_bar
+        As for ``predict``. The batches bring the data.
+    unseen : sequence of str, optional
+        Plates whose latents are drawn from the model, given the other latents, instead
+        of from the guide. Leave-one-out cross-validation needs it for each plate with
+        latents of its own for each row: those of the guide have seen the very row.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        By observed site, log densities of shape ``(num_samples, rows, ...)``, without
+        the scale of plates, in the order of the batches.
+
+    Raises
+    ------
+    ValueError
+        As for ``predict``; if the model observes nothing; if enumerated latents are
+        shared by rows, or by several observed sites.
+
+    Examples
+    --------
+    >>> svi.log_likelihood(key, result, batches, unseen=["people"])["y"]
+    """
+    request = Request(unseen=tuple(unseen), log_likelihood=True)
+    return _computed(self, rng_key, fitted, batches, num_samples, progress_bar, request)
+
+
+def _computed(
+    svi: SubsampleSVI,
+    rng_key: jax.Array,
+    fitted: Any,
+    batches: Minibatch | Iterable[Any],
+    num_samples: int,
+    progress_bar: bool,
+    request: Request,
+) -> dict[str, np.ndarray]:
+    """Compute a request for each batch, and concatenate the rows of all batches."""
+    if isinstance(batches, Minibatch):
+        batches, progress_bar = [batches], False
+    elif isinstance(batches, np.ndarray | jax.Array | Mapping | str):
+        raise ValueError(
+            f"batches must be one Minibatch or an iterable of them, not "
+            f"{type(batches).__name__}: give minibatch(data, rows={{'plate': rows}})."
+        )
+    params = params_of(svi, fitted)
+    posteriors = posteriors_of(svi, params)
+    keys = jax.random.split(rng_key, num_samples)
+    # Of this call alone: what model and guide close over may be another one later.
+    programs: list[_Program] = []
+    parts: list[dict[str, np.ndarray]] = []
+    for number, item in enumerate(tqdm(batches, disable=not progress_bar)):
+        batch = Batch(svi, item, request.unseen)
+        arrays = batch.leaves, batch.rows, batch.first
+        given = Given(params, posteriors, np.uint32(number), *arrays)
+        program = next((own for own in programs if own.fits(batch, given)), None)
+        if program is None:
+            program = _Program(svi, request, batch, keys, given)
+            programs.append(program)
+        parts.append(program(batch, keys, given))
+        if parts[0].keys() != parts[-1].keys():
+            differ = sorted(parts[0].keys() ^ parts[-1].keys())
+            raise ValueError(
+                f"Batch {number} gives the sites {sorted(parts[-1])}, and the first "
+                f"batch {sorted(parts[0])}. Give all batches the same arguments, or "
+                f"leave {differ} out by return_sites."
+            )
+    if not parts:
         raise ValueError("There is no batch to predict.")
-    return {
-        name: _concatenated(name, [part[name] for part in parts], layout)
-        for name in layout.axes
-    }
-
-
-def _concatenated(name: str, parts: list[np.ndarray], layout: _Layout) -> np.ndarray:
-    """Concatenate the rows of one site."""
     if len(parts) == 1:
         return parts[0]
-    axes = layout.axes[name]
-    of_batch = sorted(axes.keys() & layout.of_batch)
-    unknown = sorted(axes.keys() - layout.of_batch - layout.of_guide)
-    if len(of_batch) == 1:
-        return np.concatenate(parts, axis=axes[of_batch[0]])
-    if of_batch:
-        raise ValueError(
-            f"Site '{name}' has rows of the plates {of_batch}, each of which has other "
-            "rows in every batch, so batches do not line up. Predict them one by one, "
-            "or leave the site out of return_sites."
+    draws = [program.draw for program in programs]
+    return {
+        name: _concatenated(name, [part[name] for part in parts], draws)
+        for name in parts[0]
+    }
+
+
+def _concatenated(name: str, parts: list[np.ndarray], draws: list[Draw]) -> np.ndarray:
+    """Concatenate the rows of one site."""
+    site, plates = draws[0].sites[name], draws[0].plates
+    # What one shape of batch leaves open, another may tell.
+    known = {p: axis for d in draws for p, axis in d.sites[name].axes.items() if axis}
+    of_batch = sorted(plates.intersection(site.axes))
+    unknown = sorted(site.axes.keys() - plates - draws[0].of_guide)
+    if len(of_batch) > 1:
+        why = (
+            f"has rows of the plates {of_batch}, each of which has other rows in every "
+            "batch, so batches do not line up. Predict them one by one"
         )
-    if unknown:
-        raise ValueError(
-            f"Site '{name}' has the rows of plate '{unknown[0]}', and nothing says "
-            "whether they are those of the batch or the same in all batches. If they "
-            "are the batch's, give its indices or its valid count."
+    elif of_batch and of_batch[0] in known:
+        return np.concatenate(parts, axis=known[of_batch[0]])
+    elif of_batch:
+        why = (
+            f"has several axes as long as plate '{of_batch[0]}' takes rows. Give "
+            "batches of another size"
         )
-    for part in parts[1:]:
-        if part.shape != parts[0].shape or not np.allclose(
-            part, parts[0], rtol=1e-4, equal_nan=True
-        ):
-            raise ValueError(
-                f"Site '{name}' stands outside of the plates of the batch, but depends "
-                "on what the batch holds. Move it into a plate, or leave it out of "
-                "return_sites."
-            )
-    return parts[0]
+    elif unknown and not draws[0].says_plates:
+        why = (
+            f"has the rows of plate '{unknown[0]}', and nothing says whether they are "
+            "those of the batch or the same in all batches. Make the batches by "
+            "minibatch(...), which names their plates"
+        )
+    elif all(_equal(part, parts[0]) for part in parts[1:]):
+        return parts[0]
+    else:
+        why = (
+            "stands outside of the plates of the batch, but depends on what the batch "
+            "holds. Move it into a plate"
+        )
+    raise ValueError(f"Site '{name}' {why}, or leave it out of return_sites.")
 
 
-# ------------------------------------------------------------------ what is compiled
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    same = one.shape == other.shape
+    return same and np.allclose(one, other, rtol=1e-4, equal_nan=True)
 
 
-def _draws(
-    svi: Any, static: tuple, rng_key: jax.Array, params: Any, number: Any, batch: tuple
-) -> tuple[dict[str, jax.Array], _Layout]:
-    """Compute a request for one batch, in a compiled function."""
-    request, structure, constants = static
-    arrays, indices, counts = batch
-    leaves = [c if a is None else a for a, c in zip(arrays, constants, strict=True)]
-    args, kwargs = jax.tree.unflatten(structure, leaves)
-    unseen = request.unseen
-    named = {*indices, *counts, *unseen}
+# ------------------------------------------------------------------ all draws
 
-    def draw(key: jax.Array, rows: dict[str, jax.Array]) -> Any:
-        keys = _KeysBySite(key, number, named, rows)
-        with keys, trace() as latents:
-            guide(*args, **kwargs)
-        seen: Any = {
-            name: site
-            for name, site in latents.items()
-            if _plates_of(site).union([name]).isdisjoint(unseen)
-        }
-        anew = nullcontext() if request.log_likelihood else uncondition()
-        pins = substitute(data=rows)
-        with keys, trace() as sites, pins, anew, replay(trace=seen):
-            model(*args, **kwargs)
-        if request.log_likelihood:
-            values = _log_likelihoods(sites)
-        else:
-            values = _values(sites, seen, request.return_sites)
-        return values, _layout(latents, sites, values, named, request.log_likelihood)
 
-    def draw_checked(key: jax.Array) -> Any:
-        rows = {name: jnp.arange(count) for name, count in new.items()}
-        values, layout = draw(key, rows)
+class _Program:
+    """The compiled draws of batches that differ in the values of their arrays only."""
+
+    def __init__(
+        self,
+        svi: SubsampleSVI,
+        request: Request,
+        batch: Batch,
+        keys: jax.Array,
+        given: Given,
+    ) -> None:
+        self._like, self._types = batch, _types(given)
+        self.draw = draw = Draw(svi, request, batch)
+        one, run = _traced(draw, keys[0], given, {})
+        rows = {n: jnp.arange(count) for n, count in draw.any_rows.made_up.items()}
         if rows:
+            one, run = _traced(draw, keys[0], given, rows)
             made_from = internals.eval_provenance(
-                lambda **rows: draw(key, rows)[0], **rows
+                lambda **rows: run(keys[0], given, rows), **rows
             )
-            _check_independent(made_from, layout.sizes, unseen)
-        return values, layout
+            _check_independent(made_from, draw.any_rows.sizes, request.unseen)
+        most = max(_BLOCK // (_AT_ONCE * _largest(one.jaxpr, 1)), 1)
+        blocks = -(-len(keys) // most)
+        size = -(-len(keys) // blocks)
 
-    with svi._batch(indices, {}), substitute(data=params):
-        model, guide, new = svi.model, svi.guide, {}
-        if unseen:
-            model, guide, new = _on_new_rows(svi, unseen, args, kwargs)
-        # One draw after another needs the memory of one draw, and of the result.
-        return jax.lax.map(draw_checked, jax.random.split(rng_key, request.num_samples))
+        def all_draws(keys: jax.Array, given: Given, rows: dict) -> Any:
+            # Blocks of one size, as a smaller one would be compiled apart.
+            places = jnp.minimum(jnp.arange(blocks * size), len(keys) - 1)
+            made = jax.lax.map(
+                lambda key: run(key, given, rows), keys[places], batch_size=size
+            )
+            return jax.tree.map(lambda draws: draws[: len(keys)], made)
 
+        self._run = internals.compiled(all_draws, keys, given, rows, options={})
+        self._rows = rows
+        self._given = given
+        self._one = lambda **some: run(keys[0], given._replace(**some), rows)
 
-def _plates_of(site: dict[str, Any]) -> set[str]:
-    return {frame.name for frame in site.get("cond_indep_stack", ())}
+    def fits(self, batch: Batch, given: Given) -> bool:
+        return self._like.is_like(batch) and self._types == _types(given)
 
+    def __call__(
+        self, batch: Batch, keys: jax.Array, given: Given
+    ) -> dict[str, np.ndarray]:
+        taken, sizes = self.draw.any_rows.taken, self.draw.any_rows.sizes
+        for name, own in batch.known.items():
+            check_rows(name, sizes[name], own)
+        check_names("The batch", batch.counts, sizes)
+        for plate, count in batch.counts.items():
+            check_count(plate, count, taken[plate])
+        padded = {n: own for n, own in batch.counts.items() if own < taken[n]}
+        if padded:
+            self._check_padding(padded)
+        values = jax.device_get(self._run(keys, given, self._rows))
+        for plate, count in padded.items():
+            for name, site in self.draw.sites.items():
+                axis = site.axes.get(plate)
+                if axis is not None:
+                    rest = (slice(None),) * (-axis - 1)
+                    values[name] = values[name][(..., slice(count), *rest)]
+        return values
 
-def _log_likelihoods(sites: dict[str, Any]) -> dict[str, jax.Array]:
-    values = {
-        name: site["fn"].log_prob(site["value"])
-        for name, site in sites.items()
-        if site["type"] == "sample" and site["is_observed"]
-    }
-    if not values:
-        raise ValueError(
-            "The model observes nothing with these arguments, so there is no "
-            "likelihood. Give the batch its data."
-        )
-    return values
+    def _check_padding(self, padded: Collection[str]) -> None:
+        """Refuse sites that would bring padding back."""
+        for name, site in self.draw.sites.items():
+            why = None
+            if found := [p for p in sorted(padded) if site.axes.get(p, 0) is None]:
+                why = f"has several axes that are as long as '{found[0]}' is"
+            elif (
+                site.axes.keys().isdisjoint(self.draw.plates)
+                and self._depends_on_rows[name]
+            ):
+                why = "depends on their rows, and has no axis for them"
+            if why:
+                raise ValueError(
+                    f"Plates {sorted(padded)} are padded, and site '{name}' {why}, so "
+                    "padding cannot be removed. Leave the site out of return_sites, or "
+                    "give the batch without a capacity."
+                )
 
-
-def _values(
-    sites: dict[str, Any], latents: Collection[str], names: Iterable[str] | None
-) -> dict[str, jax.Array]:
-    possible = {
-        name: site["type"] == "deterministic" or name not in latents
-        for name, site in sites.items()
-        if site["type"] in ("sample", "deterministic")
-        and not isinstance(site.get("fn"), Unit)
-    }
-    if names is None:
-        names = [name for name, by_default in possible.items() if by_default]
-    for name in sorted({*names} - possible.keys()):
-        raise ValueError(
-            f"return_sites names '{name}', but the sites of the model are "
-            f"{sorted(possible)}."
-        )
-    return {name: jnp.asarray(sites[name]["value"]) for name in names}
-
-
-def _layout(
-    latents: dict, sites: dict, values: dict, named: set[str], log_likelihood: bool
-) -> _Layout:
-    sizes, subsample_sizes, of_guide, axes = {}, {}, set(), {}
-    for site in (*latents.values(), *sites.values()):
-        if site["type"] == "plate":
-            # In the model, an unseen plate has the size of the batch.
-            sizes.setdefault(site["name"], site["args"][0])
-            subsample_sizes[site["name"]] = len(site["value"])
-    for site in latents.values():
-        if site["type"] == "sample":
-            of_guide |= _plates_of(site)
-    for name, value in values.items():
-        frames = sites[name]["cond_indep_stack"]
-        # The leading axes of a deterministic site are those of its plates.
-        batch_dim = max((-frame.dim for frame in frames), default=0)
-        fn, event_dim = sites[name].get("fn"), max(value.ndim - batch_dim, 0)
-        event_dim = 0 if log_likelihood else getattr(fn, "event_dim", event_dim)
-        axes[name] = {
-            frame.name: axis
-            for frame in frames
-            if value.ndim >= -(axis := frame.dim - event_dim)
-            and value.shape[axis] == frame.size
+    @cached_property
+    def _depends_on_rows(self) -> dict[str, frozenset[str]]:
+        """For each site, of what that may be padded it is made."""
+        given, taken = self._given, self.draw.any_rows.taken
+        capacities = [taken[plate] for plate in self._like.counts]
+        # Arguments that are as long as a capacity are taken to be padded to it.
+        padded = {
+            str(place): leaf
+            for place, leaf in enumerate(given.leaves)
+            if leaf is not None and leaf.ndim and len(leaf) in capacities
         }
-    of_batch = named.union(n for n in sizes if subsample_sizes[n] != sizes[n])
-    return _Layout(sizes, subsample_sizes, of_batch, of_guide, axes)
+
+        def one(number: Any, rows: dict, padded: dict) -> Any:
+            leaves = [padded.get(str(n), own) for n, own in enumerate(given.leaves)]
+            return self._one(number=number, rows=rows, leaves=leaves)
+
+        # What is drawn in the plates of the batch is drawn by its number.
+        return internals.eval_provenance(
+            one, number=given.number, rows=given.rows, padded=padded
+        )
 
 
 def _check_independent(
@@ -320,107 +376,41 @@ def _check_independent(
                 remedy = "Let the model take the data of its rows as an argument."
             else:
                 why = "which nobody has named"
-                remedy = f"Say which they are: indices={{'{plate}': rows}}."
+                remedy = (
+                    f"Say which they are: minibatch(..., rows={{'{plate}': rows}})."
+                )
             raise ValueError(
                 f"Site '{site}' depends on the rows of plate '{plate}' (size "
                 f"{sizes[plate]}), {why}. {remedy}"
             )
 
 
-class _KeysBySite(seed):
-    """Makes the key of a site from its name, and the number of the batch.
+def _types(given: Given) -> Any:
+    leaves, structure = jax.tree.flatten(given)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
-    The number counts only for sites in plates of the batch, so the other sites have
-    the same draws in all batches. `seed` makes each key from those before it, and it
-    depends on the rows of a plate whether it takes one.
 
-    Parameters
-    ----------
-    key : jax.Array
-        The key of the draw.
-    number : int
-        The number of the batch.
-    named : set of str
-        The plates that have other rows in each batch, besides those that take a
-        subsample.
-    rows : dict of str to jax.Array
-        Rows for the plates that would draw some; this handler adds them.
+def _traced(function: Callable, *args: Any) -> tuple[Any, Callable]:
+    """Return what JAX has traced, and a function that computes it."""
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+
+    def run(*args: Any) -> Any:
+        leaves = jaxpr_as_fun(traced)(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return traced, run
+
+
+def _largest(jaxpr: Any, keys: int) -> int:
+    """Return how many bytes the largest value takes that is another one in each draw.
+
+    The first `keys` inputs are those that differ.
     """
-
-    def __init__(
-        self, key: jax.Array, number: Any, named: set[str], rows: dict[str, jax.Array]
-    ) -> None:
-        super().__init__(rng_seed=key)
-        self._key, self._number = key, number
-        self._named, self._rows = named, rows
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        super().process_message(msg)
-        if msg["type"] == "plate" and msg["value"] is None:
-            msg["fn"] = partial(self._any_rows, msg["name"])
-        key = msg.get("kwargs", {}).get("rng_key")
-        if key is None or msg["type"] not in ("sample", "control_flow"):
-            return
-        # Sites inside a control flow are not seen here. In the model, they may be in
-        # plates of the batch.
-        of_batch = internals.replayed() is not None
-        if msg["type"] == "sample":
-            key = jax.random.fold_in(self._key, crc32(msg["name"].encode()))
-            of_batch = not _plates_of(msg).isdisjoint(self._named) or any(
-                plate.subsample_size != plate.size
-                for plate in internals.plates_around()
-            )
-        if of_batch:
-            key = jax.random.fold_in(key, self._number)
-        msg["kwargs"]["rng_key"] = key
-
-    def _any_rows(self, name: str, size: int, count: int, rng_key: Any = None) -> Any:
-        return self._rows.setdefault(name, jnp.arange(count))
-
-
-# ------------------------------------------------------------------ unseen rows
-
-
-def _on_new_rows(
-    svi: Any, unseen: tuple[str, ...], args: tuple, kwargs: dict[str, Any]
-) -> tuple[Callable, Callable, dict[str, int]]:
-    """Return model and guide for rows that plates do not have, and their counts.
-
-    In the model, such a plate is as large as the batch. In the guide, it takes the
-    first rows that it has; the caller drops their latents.
-    """
-    guides = list(autoguides_in(svi.guide))
-    sizes: dict[str, int] = dict(ChainMap(*map(internals.full_sizes, guides)))
-
-    def make(subsample: Callable, name: str, size: int, count: Any, dim: Any) -> Any:
-        if name in unseen:
-            sizes.setdefault(name, size)
-            size, count = size if count is None else count, None
-        return subsample(name, size, count, dim)
-
-    def model(*args: Any, **kwargs: Any) -> None:
-        with internals.plates_made_by(make):
-            svi.model(*args, **kwargs)
-
-    def guide(*args: Any, **kwargs: Any) -> None:
-        with GuideCall(model, args, kwargs, plates=records) as call:
-            svi.guide(*args, **kwargs)
-        # Without their records, the model need not take the guide's rows.
-        for name in unseen:
-            call.plates.pop(name)
-
-    plates = read_plates(model, args, kwargs, internals.handlers_around())
-    check_names("unseen", dict.fromkeys(unseen), plates)
-    counts, records = {}, {}
-    for name in unseen:
-        count, size = plates[name].size, sizes[name]
-        if count > size and any(isinstance(own, AutoSemiDAIS) for own in guides):
-            raise ValueError(
-                f"AutoSemiDAIS runs its local model on the batch, and cannot take "
-                f"{count} unseen rows at once for plate '{name}' (size {size}). Give "
-                "smaller batches."
-            )
-        rows = jnp.arange(min(count, size))
-        records[name] = PlateRows(name, size, len(rows), rows, "model")
-        counts[name] = count
-    return model, guide, counts
+    differ, largest = set(jaxpr.invars[:keys]), 1
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(var, Literal) and var in differ for var in eqn.invars):
+            differ.update(eqn.outvars)
+            avals = [var.aval for var in eqn.outvars]
+            sizes = [own.size * own.dtype.itemsize for own in avals]
+            largest = max([largest, *sizes])
+    return largest

@@ -127,7 +127,8 @@ def _in_one_program(
             with keys:
                 set_up_alone(autoguide, svi.model, args, kwargs)
         with internals.replaced(svi, guide=called_later):
-            state = internals.compiled(find, rng_key, exactly=True)(rng_key)
+            program = internals.compiled(find, rng_key, options=internals.EXACTLY)
+            state = program(rng_key)
         constrain: Any = svi.constrain_fn
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(constrain.args)):
             raise NotImplementedError("a constraint is computed in the program")

@@ -25,6 +25,7 @@ from ..effect.pin_rows import substitute_rows
 from .fit import fit
 from .grow import grown
 from .optimizers import check_goes_by_gradients
+from .predict import log_likelihood, predict
 from .rowwise import rowwise_step
 from .start import check_key, check_seen, init_at_once
 
@@ -240,6 +241,8 @@ class SubsampleSVI(SVI):
             return super().evaluate(svi_state, *batch.args, **batch.kwargs)
 
     fit = fit
+    predict = predict
+    log_likelihood = log_likelihood
 
     def grow(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> SVIState:
         """Extend the state after plates have grown.
@@ -390,7 +393,7 @@ class _pin_batch(substitute_rows):
         super().__exit__(exc_type, exc_value, traceback)
         # A wrong name is the cause of the warning, which may have been made an error.
         if exc_type in (None, MisalignedSubsampleWarning):
-            check_names(self.data, self.sizes)
+            check_names("The batch", self.data, self.sizes)
 
 
 def _nan_if_invalid(loss: Any, pins: _pin_batch, padding: mask_padding) -> Any:
