@@ -6,8 +6,16 @@ stack of handlers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -275,17 +283,27 @@ def forget_first_call(guide: Any) -> None:
 # ------------------------------------------------------------------ changes, undone
 
 
-@contextmanager
-def replaced(owner: Any, **attributes: Any) -> Generator[None]:
+def replaced(owner: Any, **attributes: Any) -> AbstractContextManager[None]:
     """Give a class or an object other attributes, and its own ones back at the end."""
+    return all_replaced([(owner, attributes)])
+
+
+@contextmanager
+def all_replaced(changes: Collection[tuple[Any, dict[str, Any]]]) -> Generator[None]:
+    """Give some classes or objects other attributes, and their own back at the end."""
     missing = object()
-    before = {name: vars(owner).get(name, missing) for name in attributes}
-    for name, value in attributes.items():
-        setattr(owner, name, value)
+    before = [
+        (owner, name, vars(owner).get(name, missing))
+        for owner, attributes in changes
+        for name in attributes
+    ]
+    for owner, attributes in changes:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for owner, name, value in before:
             if value is missing:
                 delattr(owner, name)
             else:
