@@ -389,7 +389,7 @@ def test_old_keys_are_keys():
     [
         ((4, 5), {}, None),
         ((4, 5, 6), {}, "3 shapes of batch, with 4, 5, 6 rows .* capacity={'rows': 6}"),
-        ((4, 5, 6), {"capacity": "powers of two"}, None),
+        ((3, 5, 9), {"capacity": "powers of two"}, None),
     ],
 )
 def test_each_size_compiled_is_told_once(sizes, options, told):
