@@ -212,9 +212,7 @@ def test_latents_are_those_of_sample_posterior(make):
     options = {"num_samples": 2000, "return_sites": names}
     draws = svi.predict(KEY, result, batch_of(rows), **options)
     with handlers.substitute(data={"n": jnp.asarray(rows)}):
-        of_guide = svi.guide.sample_posterior(
-            KEY, result.params, sample_shape=(2000,)
-        )
+        of_guide = svi.guide.sample_posterior(KEY, result.params, sample_shape=(2000,))
 
     def together(draws):
         return np.column_stack([np.asarray(draws["mu"]), np.asarray(draws["z"])])
