@@ -1,6 +1,8 @@
 """How tests compare what they find, and count compilations."""
 
+import re
 from contextlib import contextmanager
+from textwrap import dedent
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +83,15 @@ def pad(arrays, capacity):
     count = len(arrays[0])
     rows = np.minimum(np.arange(capacity), count - 1)
     return tuple(np.asarray(array)[rows] for array in arrays), count
+
+
+def assert_prints(example, *printed):
+    """What an example's docstring shows of its runs, numbers up to rounding."""
+    shown = re.findall(r"^    \$ .*\n((?:    [^$ ].*\n)+)", example.__doc__, re.M)
+    assert len(shown) == len(printed)
+    number = re.compile(r"\d+(?:\.\d+)?")
+    for one, other in zip(map(dedent, shown), printed, strict=True):
+        other = "".join(other.splitlines(keepends=True)[: one.count("\n")])
+        assert number.sub("#", one) == number.sub("#", other)
+        numbers = [[float(n) for n in number.findall(text)] for text in (one, other)]
+        np.testing.assert_allclose(*numbers, rtol=1e-3)

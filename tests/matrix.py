@@ -1,6 +1,6 @@
 """Which guide works with which objective: the table that is tested and shown.
 
-``python tests/matrix.py`` prints it as the README has it.
+``python tests/matrix.py`` prints the table that ``tests/README.md`` has.
 """
 
 from typing import NamedTuple

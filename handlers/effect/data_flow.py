@@ -290,6 +290,8 @@ def warn_of_call(guide: Callable, call: follow_model, rerun: Callable) -> None:
             continue
         key = ("rows" if apart is None else apart, name)
         if key not in done:
+            if _named_amiss(call):
+                return
             _warn_of_drawn_rows(plate, latents, call, rerun, apart)
             done.add(key)
     context = internals.find_outermost(hold_to_guide)
@@ -312,6 +314,22 @@ def _what_draws_apart(call: follow_model) -> str | None:
         return "TraceEnum_ELBO"
     # Predictive draws latents first, and runs the model on them later.
     return "Predictive" if internals.find(predicting) is not None else None
+
+
+def _named_amiss(call: follow_model) -> bool:
+    """Tell whether a batch names what is no plate, an error of which comes later."""
+    context = internals.find_outermost(hold_to_guide)
+    if context is None or not context.named:
+        return False
+    try:
+        plates = read_plates(*call.run, call.around).values()
+    except Exception:
+        return False
+    outside = {
+        internals.plate_outside(plate.name, plate.size, call.around)["name"]
+        for plate in plates
+    }
+    return not context.named <= outside
 
 
 def _warn_of_drawn_rows(

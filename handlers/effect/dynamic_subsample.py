@@ -180,7 +180,7 @@ class dynamic_subsample(hold_to_guide):
 
 
 # Attributes of a wrapper that are never its guide's.
-_OWN = ("fn", "padded", "_model", "_changes")
+_OWN = ("fn", "named", "padded", "_model", "_changes")
 
 
 def _rebuild(guide: Any, model: Any) -> dynamic_subsample:

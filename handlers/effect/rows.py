@@ -206,11 +206,12 @@ def check_subsample_size(name: str, size: int, subsample_size: int) -> None:
     else:
         remedy = (
             "Make size the number of rows of the whole data set and subsample_size "
-            "that of the batch, padding included."
+            f"that of the batch. If the batch is padded, give a capacity of {size} or "
+            f"less, or minibatch(..., size={size}), where padding ends."
         )
     raise RowsError(
-        f"The model asks plate '{name}' (size {size}) for a subsample of "
-        f"{subsample_size} rows; it must be between 1 and {size}. {remedy}"
+        f"Plate '{name}' (size {size}) is asked for a subsample of {subsample_size} "
+        f"rows; it must be between 1 and {size}. {remedy}"
     )
 
 

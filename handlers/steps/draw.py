@@ -173,6 +173,7 @@ class Draw:
                 latents[name] = site | {"value": value, "plates": {}}
         outside, sites = self._two_draws(model, of_model)
         check_names("unseen", unseen, self.any_rows.sizes)
+        check_names("The batch", self._batch.named, self.any_rows.sizes)
         enumerated = [
             name
             for name, site in sites.items()

@@ -186,8 +186,9 @@ def fit(
             f"No epoch is left after {initial_epoch} of {epochs}, and this SVI has not "
             "seen the model yet. Call svi.init first, or leave the fit out."
         )
-    for what, given in (("batches", batches), ("validation", validation)):
-        _check_batches(what, given, epochs - initial_epoch)
+    _check_batches("batches", batches, epochs - initial_epoch)
+    if validation is not None:
+        _check_batches("validation", validation, epochs - initial_epoch)
     compilations = 0
 
     def one(state: SVIState, _: Any, batch: Minibatch) -> tuple[SVIState, Any]:
@@ -460,6 +461,11 @@ def _check_batches(what: str, batches: Any, epochs: int) -> None:
         raise ValueError(
             f"{what} is a single {type(batches).__name__}. Put it into a list, for one "
             "step an epoch, or cut it into several."
+        )
+    if not (isinstance(batches, Iterable) or callable(batches)):
+        raise ValueError(
+            f"{what} must be a list or a loader of batches, or a function of the "
+            f"epoch's number that returns one, not {type(batches).__name__}."
         )
     if isinstance(batches, Iterator) and epochs > 1:
         raise ValueError(

@@ -28,8 +28,8 @@ def params_of(svi: SubsampleSVI, fitted: Any) -> dict[str, Any]:
         params = params | (state.mutable_state or {})
     if not isinstance(params, Mapping):
         raise ValueError(
-            f"fitted must be what fit or run has returned, a state, or a dict of "
-            f"parameters, not {type(fitted).__name__}."
+            "The second argument must be what fit or run has returned, a state, or a "
+            f"dict of parameters, not {type(fitted).__name__}."
         )
     return jax.tree.map(jnp.asarray, dict(params))
 
@@ -101,6 +101,7 @@ class Batch:
         self.known = {n: own for n, own in self.known.items() if n not in unseen}
         self.rows = {name: _array(rows[name]) for name in self.known}
         self.counts = {name: int(count) for name, count in counts.items()}
+        self.named = {*batch.rows, *counts}
         self.plates = {*batch.rows, *batch.counts, *rows, *counts, *unseen}
         self.says_plates = bool(batch.rows or batch.counts)
         self.first = {}

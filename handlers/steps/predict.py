@@ -23,6 +23,7 @@ from ..effect.rows import check_rows
 from .draw import Draw, Request
 from .inputs import Batch, Given, params_of, posteriors_of
 from .programs import compiled
+from .start import check_key
 
 if TYPE_CHECKING:
     from .subsample_svi import SubsampleSVI
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _BLOCK = 2**24
 # About how many values as large as the largest are there at the same time.
 _AT_ONCE = 8
+_NO_BATCHES = np.ndarray | jax.Array | Mapping | str
 
 
 def predict(
@@ -181,9 +183,10 @@ def _computed(
     request: Request,
 ) -> dict[str, np.ndarray]:
     """Compute a request for each batch, and concatenate the rows of all batches."""
+    check_key(rng_key)
     if isinstance(batches, Minibatch):
         batches, progress_bar = [batches], False
-    elif isinstance(batches, np.ndarray | jax.Array | Mapping | str):
+    elif isinstance(batches, _NO_BATCHES) or not isinstance(batches, Iterable):
         raise ValueError(
             f"batches must be one Minibatch or an iterable of them, not "
             f"{type(batches).__name__}: give minibatch(data, rows={{'plate': rows}})."

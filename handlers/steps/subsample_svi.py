@@ -18,7 +18,7 @@ from ..batches.minibatch import Minibatch
 from ..batches.padding import check_names, mask_padding
 from ..effect import internals
 from ..effect.calls import pinned_in_model
-from ..effect.data_flow import MisalignedSubsampleWarning, warn_of_score_functions
+from ..effect.data_flow import warn_of_score_functions
 from ..effect.dynamic_subsample import dynamic_subsample
 from ..effect.internals import Tracer
 from ..effect.pin_rows import substitute_rows
@@ -337,10 +337,11 @@ class SubsampleSVI(SVI):
     def _on(self, batch: Minibatch) -> Generator[None]:
         """Hold the model and the guide to the rows and counts of a batch."""
         self._check_padding_can_be_used(batch.padded)
-        pins, padding = _pin_batch(batch.pinned), mask_padding(batch.valid)
+        pins, padding = _pin_batch(batch), mask_padding(batch.valid)
         loss = _nan_if_invalid(self.loss, pins, padding)
         context = dynamic_subsample()
         context.padded = frozenset(batch.padded)
+        context.named = context.padded.union(batch.rows)
         with ExitStack() as stack:
             stack.enter_context(internals.replaced(self, loss=loss))
             stack.enter_context(pins)
@@ -371,6 +372,10 @@ class SubsampleSVI(SVI):
 class _pin_batch(substitute_rows):
     """Pins the rows of a batch, and refuses plates of the model that take others."""
 
+    def __init__(self, batch: Minibatch) -> None:
+        super().__init__(batch.pinned)
+        self._named = batch.rows.keys()
+
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         # The guide's plates, which have records, follow.
         if msg["type"] != "plate" or msg["name"] not in self.data or "plates" in msg:
@@ -392,9 +397,8 @@ class _pin_batch(substitute_rows):
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
-        # A wrong name is the cause of the warning, which may have been made an error.
-        if exc_type in (None, MisalignedSubsampleWarning):
-            check_names("The batch", self.data, self.sizes)
+        if exc_type is None:
+            check_names("The batch", self._named, self.sizes)
 
 
 def _nan_if_invalid(loss: Any, pins: _pin_batch, padding: mask_padding) -> Any:

@@ -1,0 +1,1 @@
+"""Programs to copy from: ``python -m numpyro_dynamic_subsample.examples.NAME``."""
