@@ -7,9 +7,11 @@ from .batches.minibatch import Minibatch, minibatch
 from .effect.data_flow import MisalignedSubsampleWarning, UnscaledSubsampleWarning
 from .effect.dynamic_subsample import dynamic_subsample
 from .effect.pin_rows import pin_rows
+from .steps.fit import FitResult
 from .steps.subsample_svi import SubsampleSVI
 
 __all__ = [
+    "FitResult",
     "Minibatch",
     "MisalignedSubsampleWarning",
     "RaggedGroups",
