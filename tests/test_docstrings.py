@@ -42,7 +42,7 @@ def sections(documented):
 
 
 def names_in(section):
-    """What is explained in a section, which is not empty."""
+    """The names that a section explains, each by a line or more below it."""
     entries = re.findall(r"^(\S.*?)(?: :.*)?\n(    \S.*)$", section, re.MULTILINE)
     return {name.strip("*") for names, _ in entries for name in names.split(", ")}
 

@@ -165,8 +165,9 @@ class SubsampleSVI(SVI):
         TypeError
             If `rng_key` is not a random key.
         ValueError
-            If the batch does not fit the model, as the class lists; if data are NaN; if
-            the guide takes all rows in its first call, and the batch lacks some.
+            If the batch names a plate that the model does not have, or its rows or
+            counts do not fit the plate; if data are NaN; if the guide needs all rows in
+            its first call, and the batch lacks some.
 
         Examples
         --------
@@ -215,9 +216,10 @@ class SubsampleSVI(SVI):
         Raises
         ------
         ValueError
-            If ``init`` has not been called; if the batch does not fit the model, or the
-            objective cannot leave out padding; with `rowwise`, if rows cannot be
-            stepped on alone. The class lists these cases.
+            If ``init`` has not been called; if the batch names a plate that the model
+            does not have, or its rows or counts do not fit the plate; if the objective
+            or the guide cannot leave out padding; with `rowwise`, if the optimizer or
+            the guide mixes rows.
 
         Examples
         --------
@@ -259,9 +261,10 @@ class SubsampleSVI(SVI):
         Raises
         ------
         ValueError
-            If ``init`` has not been called; if the batch does not fit the model, or the
-            objective cannot leave out padding; with `rowwise`, if rows cannot be
-            stepped on alone. The class lists these cases.
+            If ``init`` has not been called; if the batch names a plate that the model
+            does not have, or its rows or counts do not fit the plate; if the objective
+            or the guide cannot leave out padding; with `rowwise`, if the optimizer or
+            the guide mixes rows.
 
         Examples
         --------
@@ -293,8 +296,9 @@ class SubsampleSVI(SVI):
         Raises
         ------
         ValueError
-            If ``init`` has not been called; if the batch does not fit the model, or the
-            objective cannot leave out padding, as the class lists.
+            If ``init`` has not been called; if the batch names a plate that the model
+            does not have, or its rows or counts do not fit the plate; if the objective
+            or the guide cannot leave out padding.
 
         Examples
         --------
