@@ -214,8 +214,9 @@ def fit(
             yield batch if devices == 1 else spread(batch, devices)
 
     key = jax.random.key(seed)
-    state = spread(svi.init(key, next(of_epoch(0))), devices)
-    done, losses = 0, np.zeros(epochs)
+    state, done, losses = None, 0, np.zeros(epochs)
+    if saved is not None or devices > 1:
+        state = spread(svi.init(key, next(of_epoch(0))), devices)
     if saved is not None:
         args = optional("orbax.checkpoint").args
         contents = {"state": state, "losses": losses}

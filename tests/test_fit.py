@@ -473,8 +473,8 @@ def test_loader_of_grain():
 def test_progress_bar(capsys, known):
     given = [*batches(0)] if known else batches
     svi_of(mean).fit(KEY, given, 2, validation=batches)
-    first, *shown = re.split("[\\r\\n]+", capsys.readouterr().err.strip())
-    assert "initialising" in first
+    first, second, *shown = re.split("[\\r\\n]+", capsys.readouterr().err.strip())
+    assert "initialising" in first and "compiling" in second
     assert all(("/6 [" in own) >= known for own in shown)
     last = shown[-1]
     for part in ("epoch 2/2", "6/6", "loss=", "validation=", "rows=4 to 8"):

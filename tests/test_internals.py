@@ -84,6 +84,7 @@ def test_funsors_plate_holds_its_rows():
 
 def test_public_names():
     assert sorted(numpyro_dynamic_subsample.__all__) == [
+        "FitResult",
         "Minibatch",
         "MisalignedSubsampleWarning",
         "RaggedGroups",

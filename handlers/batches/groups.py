@@ -72,25 +72,31 @@ class RaggedGroups:
 
     Examples
     --------
+    >>> student = np.random.default_rng(0).integers(50, size=300)  # of each rating
+    >>> y = np.random.default_rng(1).normal(size=300).astype("float32")
     >>> ratings = RaggedGroups(
-    ...     table["student"],
+    ...     student,
     ...     plates=("students", "ratings"),
-    ...     members={"lecturer": table["lecturer"], "y": table["y"]},
-    ...     groups={"age": age},
+    ...     members={"y": y},
+    ...     groups={"age": np.linspace(18, 30, 50, dtype="float32")},
     ...     position="student",
     ...     count="students",
     ... )
-    >>> def model(age, students, student, lecturer, y):
+    >>> def model(age, students, student, y):
+    ...     b = numpyro.sample("b", dist.Normal(0, 1))
     ...     with numpyro.plate("students", ratings.size, subsample_size=len(age)):
-    ...         a = numpyro.sample("a", dist.Normal(age, 1))
+    ...         a = numpyro.sample("a", dist.Normal(b * age, 1))
+    ...     # Ratings count as their students do: the data of all stand for these.
     ...     scaled = handlers.scale(scale=ratings.size / students)
     ...     with scaled, numpyro.plate("ratings", len(y)):
-    ...         numpyro.sample("y", dist.Normal(a[student] + b[lecturer], 1), obs=y)
-    >>> load = partial(ratings, capacity=ratings.capacity(128))
+    ...         numpyro.sample("y", dist.Normal(a[student], 1), obs=y)
+    >>> load = partial(ratings, capacity=ratings.capacity(16))
     >>> def batches(epoch):
     ...     order = np.random.default_rng(epoch).permutation(ratings.size)
-    ...     return map(load, np.split(order, range(128, ratings.size, 128)))
-    >>> result = svi.fit(key, batches, epochs=50)
+    ...     return map(load, np.split(order, range(16, ratings.size, 16)))
+    >>> svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.05), Trace_ELBO())
+    >>> svi.fit(key, batches, epochs=2, progress_bar=False).compilations
+    1
     """
 
     def __init__(
@@ -141,7 +147,10 @@ class RaggedGroups:
         rows : array of shape (groups,)
             The rows of the groups. A group that is named twice has its members twice.
         capacity : int, "powers of two", or dict of str to these, optional
-            As for ``minibatch``. The groups are never padded beyond `size`.
+            To which size to pad, for groups and members alike or for each plate by
+            name: the next multiple of a number, or the next power of two. The groups
+            are never padded beyond `size`. Without a capacity, each batch of another
+            size is compiled for; the method ``capacity`` gives one that fits all.
         **others
             What else the model is called with, which must not run along a plate:
             numbers and flags.
@@ -156,6 +165,17 @@ class RaggedGroups:
         ValueError
             If rows are no vector of whole numbers, or none of the groups'; if these
             have no member at all; if a capacity is none.
+
+        Examples
+        --------
+        >>> visits = RaggedGroups(
+        ...     ["a", "b", "a", "c"],
+        ...     plates=("subjects", "visits"),
+        ...     members={"y": [1.0, 2.0, 3.0, 4.0]},
+        ... )
+        >>> batch = visits([2, 0])
+        >>> batch.kwargs["y"].tolist(), batch.kwargs["group"].tolist()
+        ([4.0, 1.0, 3.0], [0, 1, 1])
         """
         of_groups, of_members = self._plates
         position, count, own_rows = self._names
@@ -199,6 +219,21 @@ class RaggedGroups:
         -------
         dict of str to int
             By plate, for the `capacity` of a call.
+
+        Raises
+        ------
+        ValueError
+            If `batches` is a number below 1, or holds no batch.
+
+        Examples
+        --------
+        >>> visits = RaggedGroups(
+        ...     ["a", "b", "a", "c"], plates=("subjects", "visits"), members={}
+        ... )
+        >>> visits.capacity(2)
+        {'subjects': 2, 'visits': 3}
+        >>> visits.capacity([[1, 2], [0]])
+        {'subjects': 2, 'visits': 2}
         """
         if isinstance(batches, int | np.integer):
             if batches < 1:

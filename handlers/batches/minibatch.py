@@ -28,10 +28,11 @@ Label = Callable[[], str]
 
 @dataclass(frozen=True, eq=False)
 class Minibatch:
-    """All that a step of ``SubsampleSVI`` is told of its batch; ``minibatch`` makes it.
+    """A batch: the model's arguments, row indices, and numbers of real rows.
 
-    It is a pytree, so it goes through ``jax.jit``, and through ``jax.lax.scan`` when
-    stacked. It can be pickled, so the worker processes of a loader can make it.
+    ``minibatch`` and ``RaggedGroups`` make it. It is a pytree, so it goes through
+    ``jax.jit``, and through ``jax.lax.scan`` when stacked. It can be pickled, so the
+    worker processes of a loader can make it.
 
     Attributes
     ----------
@@ -46,6 +47,18 @@ class Minibatch:
         For each plate, how many of its rows, the first ones, are real.
     padded : tuple of str
         The plates that are padded to a capacity.
+    pinned : dict of str to array
+        The entries of `rows` that are not None.
+    valid : dict of str to int
+        The entries of `counts` for the plates in `padded`.
+
+    Examples
+    --------
+    >>> batch = minibatch(X[:3], rows={"people": np.arange(3)}, capacity=4)
+    >>> batch.rows["people"].tolist()  # the last one is padding
+    [0, 1, 2, 2]
+    >>> batch.padded, int(batch.valid["people"])
+    (('people',), 3)
     """
 
     args: tuple
@@ -134,11 +147,10 @@ def minibatch(
     size: int | Mapping[str, int] | None = None,
     **kwargs: Any,
 ) -> Minibatch:
-    """Put the model's arguments, the rows and the counts of a batch into one value.
+    """Bundle a batch: the model's arguments, row indices, and numbers of real rows.
 
-    Every method of ``SubsampleSVI`` takes it in place of the model's arguments. Where
-    arrays or rows are traced, inside of a compiled function, what is known of them is
-    checked.
+    Every method of ``SubsampleSVI`` takes the bundle in place of the model's arguments.
+    Inside of a compiled function, where values are not known, shapes are checked.
 
     Parameters
     ----------
@@ -152,10 +164,10 @@ def minibatch(
         A model's argument called `rows`, `along`, `capacity` or `size` is given by
         position.
     rows : dict of str to array or None
-        For each plate, the rows that the batch holds: integers, shape ``(count,)``.
-        Rows may occur twice. None stands for rows that no latent needs, as with
-        amortised guides. Arguments run along the plate that is named here, with their
-        first axis, if it is the only one.
+        For each plate, the rows that the batch holds: integers from 0, shape
+        ``(count,)``. Rows may occur twice. None stands for rows that no latent needs,
+        as with amortised guides. If one plate is named here, arguments run along it
+        with their first axis.
     along : dict of str to names, optional
         For each plate, the arguments that run along it with their first axis: the name
         or position of one, or a tuple of several. For other axes, a dict of arguments
@@ -197,16 +209,28 @@ def minibatch(
 
     Examples
     --------
-    >>> batch = minibatch(X[rows], y[rows], rows={"n": rows}, capacity=256, size=len(X))
-    >>> state, loss = step(state, batch)
+    >>> rows = np.array([7, 3, 12])
+    >>> batch = minibatch(X[rows], y[rows], rows={"people": rows}, capacity=32, size=N)
+    >>> batch.args[0].shape, batch.counts
+    ((32, 2), {'people': np.int32(3)})
+    >>> state, loss = svi.update(state, batch)
 
     A block of a table, whose columns are rows of a plate too:
 
-    >>> minibatch(
+    >>> table, users, items = np.zeros((50, 20)), np.array([3, 48, 7]), np.array([2, 9])
+    >>> batch = minibatch(
     ...     table[np.ix_(users, items)],
     ...     rows={"users": users, "items": items},
     ...     along={"users": 0, "items": {0: 1}},
-    ...     capacity={"users": 128, "items": 32},
+    ...     capacity={"users": 8, "items": 4},
+    ... )
+    >>> batch.args[0].shape
+    (8, 4)
+
+    Several series, with time in front:
+
+    >>> batch = minibatch(
+    ...     np.zeros((99, 3)), rows={"series": users}, along={"series": {0: -1}}
     ... )
 
     For groups, each with all of its members, see ``RaggedGroups``.

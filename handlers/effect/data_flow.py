@@ -28,8 +28,13 @@ class MisalignedSubsampleWarning(UserWarning):
 
     Given when a guide's local latents follow the rows that a subsampled plate draws,
     and the data that the model sets them against do not. Each guide is looked at
-    once per plate, while it is traced. To make it an error, or to silence it, use
-    ``warnings.filterwarnings``.
+    once per plate, while it is traced.
+
+    Examples
+    --------
+    To make it an error:
+
+    >>> warnings.simplefilter("error", MisalignedSubsampleWarning)
     """
 
 
@@ -40,6 +45,12 @@ class UnscaledSubsampleWarning(UserWarning):
     depends on latents in it, and has no scale; or if the batch is padded, has a
     constant one, or is a sum over the padded rows. Each guide is looked at once, while
     it is traced.
+
+    Examples
+    --------
+    To silence it, where the data outside of the plate shall count as they are:
+
+    >>> warnings.simplefilter("ignore", UnscaledSubsampleWarning)
     """
 
 

@@ -20,21 +20,21 @@ from .posterior import POSTERIOR_METHODS
 
 
 class dynamic_subsample(hold_to_guide):
-    """Let a guide's plates follow the model's, whatever their size was at first.
+    """Let a guide's plates follow the model's, in batches of any size.
 
     NumPyro's automatic guides record their plates on the first call and keep that
-    subsample size. While this handler is active, it learns the model's plates before
-    a guide runs, by running the model with the same arguments, and gives the guide's
-    plates that subsample size, and the same rows where they are pinned. Local latents
-    keep parameters for all rows of their plate; those in the batch are used.
+    subsample size. This handler learns the model's plates before a guide runs, by
+    running the model with the same arguments. It gives the guide's plates the model's
+    subsample size, and the same rows where these are pinned. Local latents keep
+    parameters for all rows of their plate, of which a call uses those in the batch.
 
     Parameters
     ----------
     guide : callable, optional
-        The guide to serve: an autoguide, or any callable if `model` is given. The
-        result is used in its place and has its attributes, methods and class. Without
+        The guide to serve: an autoguide, or any callable if `model` is given. Use the
+        result in its place; it has the guide's attributes, methods and class. Without
         a guide, the handler is a context manager that serves every autoguide called
-        inside it.
+        inside it, or, called with a guide function, a decorator.
     model : callable, optional
         The model whose plates the guide follows; by default the autoguide's own.
 
@@ -79,14 +79,33 @@ class dynamic_subsample(hold_to_guide):
 
     Examples
     --------
-    >>> guide = dynamic_subsample(AutoNormal(model))
-    >>> svi = SVI(model, guide, optim, Trace_ELBO())
+    Around a guide, for a model that takes its own data by the plate's rows:
 
+    >>> def indexing(size):
+    ...     with numpyro.plate("people", N, subsample_size=size) as rows:
+    ...         z = numpyro.sample("z", dist.Normal(0, 1))
+    ...         numpyro.sample("y", dist.Normal(z, 1), obs=jnp.asarray(y)[rows])
+    >>> guide = dynamic_subsample(AutoNormal(indexing))
+    >>> svi = SVI(indexing, guide, optax.adam(0.01), Trace_ELBO())
+    >>> state = svi.init(key, 30)
+    >>> state, loss = svi.update(state, 11)
+
+    Around all that is done with a guide:
+
+    >>> svi = SVI(indexing, AutoNormal(indexing), optax.adam(0.01), Trace_ELBO())
     >>> with dynamic_subsample():
-    ...     svi_state, loss = svi.update(svi_state, batch)
+    ...     state = svi.init(key, 30)
+    ...     state, loss = svi.update(state, 11)
 
-    >>> @dynamic_subsample(model=model)
-    ... def guide(batch): ...
+    As a decorator of a guide function, whose plate takes as many rows as the model's:
+
+    >>> @dynamic_subsample(model=indexing)
+    ... def guide(size):
+    ...     loc = numpyro.param("loc", jnp.zeros(N))
+    ...     with numpyro.plate("people", N) as rows:
+    ...         numpyro.sample("z", dist.Normal(loc[rows], 1))
+    >>> handlers.trace(handlers.seed(guide, 0)).get_trace(11)["z"]["value"].shape
+    (11,)
     """
 
     fn: Any

@@ -15,12 +15,12 @@ from .rows import as_integers, check_rows
 
 
 class pin_rows:
-    """Let plates of a model take the rows that its arguments hold.
+    """Let plates of a model take their rows from an argument of the model.
 
-    Wherever the model runs, in a guide's first call, in a compiled step, in
-    ``numpyro.infer.Predictive`` or ``log_likelihood``, a named plate takes the rows
-    that the argument holds in that call. So a loop that knows nothing of rows can
-    train on batches. Give the guide the same model: ``AutoNormal(model)``.
+    Use it where a training loop cannot be told of rows. Wherever the model runs, in a
+    guide's first call, in a compiled step, in ``numpyro.infer.Predictive`` or
+    ``log_likelihood``, a named plate takes the rows that the argument holds in that
+    call. Give the guide the same model: ``AutoNormal(model)``.
 
     Parameters
     ----------
@@ -42,11 +42,6 @@ class pin_rows:
 
     Examples
     --------
-    >>> import jax.numpy as jnp
-    >>> import numpyro
-    >>> import numpyro.distributions as dist
-    >>> from numpyro import handlers
-    >>> from numpyro_dynamic_subsample import pin_rows
     >>> @pin_rows(people="idx")
     ... def model(y, idx):
     ...     with numpyro.plate("people", 100, subsample_size=len(y)) as rows:

@@ -27,12 +27,12 @@ Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
 
 class FitResult(NamedTuple):
-    """The result of ``SubsampleSVI.fit``.
+    """The result of ``SubsampleSVI.fit``, a named tuple.
 
     Attributes
     ----------
-    params : dict
-        The parameters of `state`, as ``svi.get_params`` returns them.
+    params : dict of str to array
+        The parameters of `state`, of all rows, as ``svi.get_params`` returns them.
     state : SVIState
         The last state. With `patience`, the state of the best validation loss, unless
         Ctrl-C or an error ended the fit.
@@ -47,6 +47,16 @@ class FitResult(NamedTuple):
         ``"error"``.
     compilations : int
         How often JAX compiled the training step.
+
+    Examples
+    --------
+    >>> result = svi.fit(key, batches, epochs=2, progress_bar=False)
+    >>> result.params["z_auto_loc"].shape == (N,)
+    True
+    >>> len(result.losses) == 2 * len(batches), len(result.epoch_losses)
+    (True, 2)
+    >>> result.stopped, result.compilations
+    (None, 1)
     """
 
     params: dict[str, Any]
@@ -164,18 +174,35 @@ def fit(
 
     Examples
     --------
-    >>> def batches(epoch):
-    ...     order = np.random.default_rng(epoch).permutation(len(X))
-    ...     for rows in np.split(order, range(256, len(X), 256)):
-    ...         yield minibatch(X[rows], rows={"n": rows}, capacity=256)
-    >>> result = svi.fit(jax.random.key(0), batches, epochs=50)
+    >>> def load(rows):
+    ...     return minibatch(X[rows], y[rows], rows={"people": rows}, capacity=32)
+    >>> def shuffled(epoch):
+    ...     order = np.random.default_rng(epoch).permutation(N)
+    ...     return map(load, np.split(order, range(32, N, 32)))
+    >>> result = svi.fit(key, shuffled, epochs=3, progress_bar=False)
+    >>> result.compilations
+    1
 
-    A loader that may fail:
+    To go on, up to 5 epochs:
 
+    >>> result = svi.fit(
+    ...     key, shuffled, 5, state=result.state, initial_epoch=3, progress_bar=False
+    ... )
+    >>> len(result.epoch_losses)
+    2
+
+    To keep what was fitted before an error:
+
+    >>> def failing(epoch):
+    ...     yield from shuffled(epoch)
+    ...     if epoch == 1:
+    ...         raise OSError("The disk has gone.")
     >>> try:
-    ...     result = svi.fit(jax.random.key(0), loader, epochs=50)
+    ...     result = svi.fit(key, failing, epochs=3, progress_bar=False)
     ... except OSError as error:
     ...     result = error.fit_result
+    >>> result.stopped, len(result.epoch_losses)
+    ('error', 1)
     """
     check_key(rng_key)
     _check_arguments(
@@ -212,6 +239,9 @@ def fit(
     def train(batch: Any, count: Any, _: int) -> Any:
         nonlocal now, compilations
         before = compilations
+        if not before:
+            bar.bar_format = "compiling"
+            bar.refresh()
         try:
             now, losses = step(now, batch, count)
         except Exception:
@@ -238,10 +268,8 @@ def fit(
     validation_losses: list[float] = []
     best, best_loss, worse = None, np.inf, 0
     stopped, whole_step, sizes = None, _WholeStep(), Sizes()
-    # Until there is a step to count, its description is all that is shown.
-    bar = tqdm(
-        desc="initialising", bar_format="{desc}", unit="step", disable=not progress_bar
-    )
+    # Until there is a step to count, it says what takes the time.
+    bar = tqdm(bar_format="initialising", unit="step", disable=not progress_bar)
     training = Chunks(train, steps_per_dispatch, whole_step)
     validating = Chunks(hold_out, steps_per_dispatch, whole_step)
 

@@ -61,10 +61,10 @@ def predict(
         What ``fit`` or ``run`` has returned, a state, or parameters as ``get_params``
         gives them, which lack mutable state.
     batches : Minibatch or iterable
-        One batch, or a list or a loader of batches. Memory holds one of these and its
-        draws at a time.
+        One batch, or a list or a loader of batches. They are taken one at a time, so
+        they need not fit into memory together; their draws have to.
     num_samples : int, default 1000
-        How many draws to make.
+        The number of draws.
     return_sites : sequence of str, optional
         The sites to return, latents of the guide too. By default all deterministic
         sites, and those sample sites that the guide does not draw.
@@ -101,10 +101,9 @@ def predict(
 
     Notes
     -----
-    All draws of one number go together: latents outside of the batch's plates, and
-    all latents of a joint guide, are the same ones in all batches. What stands in the
-    batch's plates is drawn anew in each batch, with one latent for a row that is in
-    the batch twice.
+    Draw number i of all batches has the same latents outside of the batch's plates,
+    and, of a joint guide, the same latents of all rows. Other latents in the batch's
+    plates are drawn anew in each batch. A row that is in a batch twice has one latent.
 
     Model and guide are traced in each call, once for each shape of batch. A call that
     computes what an earlier one did compiles nothing. Draws are made in blocks of some
@@ -116,11 +115,18 @@ def predict(
 
     Examples
     --------
-    >>> result = svi.fit(key, batches, epochs)
-    >>> batch = minibatch(X[rows], rows={"n": rows})
-    >>> y = svi.predict(key, result, batch)["y"]  # shape (1000, len(rows))
-    >>> new = minibatch(X_new, rows={"n": None})
-    >>> y_new = svi.predict(key, result, new, unseen=["n"])["y"]
+    >>> result = svi.fit(key, batches, epochs=2, progress_bar=False)
+    >>> rows = np.array([7, 3])
+    >>> batch = minibatch(X[rows], rows={"people": rows})
+    >>> svi.predict(key, result, batch)["y"].shape
+    (1000, 2)
+
+    Rows that the plate does not have, with latents from their prior given the others:
+
+    >>> new = minibatch(X_new, rows={"people": None})
+    >>> y_new = svi.predict(key, result, new, unseen=["people"])["y"]
+    >>> y_new.shape == (1000, len(X_new))
+    True
     """
     request = Request(
         unseen=tuple(unseen),
@@ -146,28 +152,49 @@ def log_likelihood(
 
     Parameters
     ----------
-    rng_key, fitted, batches, num_samples, progress_bar
-        As for ``predict``. The batches bring the data.
+    rng_key : array
+        The random key.
+    fitted : FitResult, SVIRunResult, SVIState or dict
+        What ``fit`` or ``run`` has returned, a state, or parameters as ``get_params``
+        gives them, which lack mutable state.
+    batches : Minibatch or iterable
+        One batch, or a list or a loader of batches, with the data that are observed.
+    num_samples : int, default 1000
+        The number of draws of the latents.
     unseen : sequence of str, optional
         Plates whose latents are drawn from the model, given the other latents, instead
         of from the guide. Leave-one-out cross-validation needs it for each plate with
         latents of its own for each row: those of the guide have seen the very row.
+    progress_bar : bool, default True
+        Show a progress bar, if there are many batches.
 
     Returns
     -------
     dict of str to numpy.ndarray
         By observed site, log densities of shape ``(num_samples, rows, ...)``, without
-        the scale of plates, in the order of the batches.
+        the scale of plates. Rows stand in the order of the batches, and those of
+        padding are left out.
 
     Raises
     ------
     ValueError
-        As for ``predict``; if the model observes nothing; if enumerated latents are
-        shared by rows, or by several observed sites.
+        If parameters of guide or model are missing; if the model observes nothing; if
+        enumerated latents are shared by rows, or by several observed sites; if a site
+        depends on rows that the batch does not name, or on the rows of an unseen plate
+        by anything but latents; if batches have different sites; if names, rows or
+        counts do not fit the model.
 
     Examples
     --------
-    >>> svi.log_likelihood(key, result, batches, unseen=["people"])["y"]
+    >>> found = svi.log_likelihood(key, state, batches, 50, progress_bar=False)
+    >>> found["y"].shape == (50, N)
+    True
+
+    For leave-one-out cross-validation, without what the latents of a row have seen:
+
+    >>> found = svi.log_likelihood(
+    ...     key, state, batches, 50, unseen=["people"], progress_bar=False
+    ... )
     """
     request = Request(unseen=tuple(unseen), log_likelihood=True)
     return _computed(self, rng_key, fitted, batches, num_samples, progress_bar, request)

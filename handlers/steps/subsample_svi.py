@@ -35,32 +35,34 @@ class SubsampleSVI(SVI):
     """SVI in mini-batches of any size, with one compilation for all of them.
 
     The guide's plates follow the model's, as with ``dynamic_subsample``. Each method
-    that runs on a batch takes one ``Minibatch``, which ``minibatch`` makes: the model's
+    that runs on a batch takes one ``Minibatch``, made by ``minibatch``: the model's
     arguments, the rows that the batch holds of each plate, and how many of them are
-    valid. Or it takes the model's own arguments; plates then draw their rows, or the
-    model pins them (see ``pin_rows``).
+    not padding. Or it takes the model's own arguments; plates then draw their rows, or
+    ``pin_rows`` takes them from an argument. ``run`` and ``get_params`` are those of
+    ``numpyro.infer.SVI``.
 
     Parameters
     ----------
     model : callable
         The NumPyro model.
     guide : callable
-        The guide, an autoguide or any other callable. It is wrapped in
-        ``dynamic_subsample``.
+        The guide: an autoguide, or a function with sample sites of its own. It is
+        wrapped in ``dynamic_subsample``.
     optim : optimizer
         An optimizer of ``numpyro.optim`` or of optax.
     loss : ELBO
         The objective, such as ``numpyro.infer.Trace_ELBO()``.
     rowwise : bool, default False
         Let ``update``, ``stable_update``, ``run`` and ``fit`` step on the batch's rows
-        alone: of each parameter that holds the rows of a subsampled plate, and of the
+        alone. Of each parameter that holds the rows of a subsampled plate, and of the
         optimizer's state for it, they take the batch's rows, step on these, and write
-        these rows back. In a compiled step with a donated state,
-        ``jax.jit(svi.update, donate_argnums=0)``, time and temporary memory are then
-        those of the batch, whatever the size of the plate, if its rows are pinned;
-        NumPyro draws them by shuffling the whole plate. ``fit`` donates by itself.
+        them back. In a compiled step with a donated state,
+        ``jax.jit(svi.update, donate_argnums=0)``, time and temporary memory then depend
+        on the batch alone, whatever the size of the plate. The rows have to be pinned,
+        since NumPyro draws rows by shuffling the whole plate. ``fit`` donates by
+        itself.
     **static_kwargs
-        Arguments of model and guide that are the same in all steps.
+        Arguments of model and guide that are the same in all steps, by name.
 
     Raises
     ------
@@ -78,8 +80,12 @@ class SubsampleSVI(SVI):
 
     Warns
     -----
-    MisalignedSubsampleWarning, UnscaledSubsampleWarning
-        As ``dynamic_subsample`` does.
+    MisalignedSubsampleWarning
+        Once per guide and plate, if local latents follow rows that the plate draws,
+        and the data do not.
+    UnscaledSubsampleWarning
+        Once per guide and site, if data outside of a subsampled plate depend on latents
+        in it, and have no scale.
     UserWarning
         Once per site, if a latent without reparameterised sampler stands in a
         subsampled plate of the guide and the loss is ``TraceGraph_ELBO``, which
@@ -105,12 +111,13 @@ class SubsampleSVI(SVI):
 
     Examples
     --------
+    >>> def load(rows):
+    ...     return minibatch(X[rows], y[rows], rows={"people": rows}, capacity=40)
     >>> svi = SubsampleSVI(model, AutoNormal(model), optax.adam(1e-2), Trace_ELBO())
-    >>> state = svi.init(key, minibatch(X[rows0], rows={"n": rows0}, capacity=256))
-    >>> step = jax.jit(svi.update, donate_argnums=0)
-    >>> for rows in ragged_batches:
-    ...     batch = minibatch(X[rows], rows={"n": rows}, capacity=256)
-    ...     state, loss = step(state, batch)
+    >>> state = svi.init(key, load(np.arange(40)))
+    >>> step = jax.jit(svi.update, donate_argnums=0)  # once, outside of the loop
+    >>> for rows in np.split(np.random.permutation(N), [40, 53, 90]):
+    ...     state, loss = step(state, load(rows))
     """
 
     def __init__(
@@ -143,14 +150,31 @@ class SubsampleSVI(SVI):
         rng_key : array
             The random key.
         *args, **kwargs
-            One ``Minibatch``, or the arguments of the model.
+            One ``Minibatch``, which pins rows and tells padding, or the arguments of
+            the model, whose plates then draw their rows.
         init_params : dict, optional
             Values of parameters to start from, of all rows.
 
         Returns
         -------
         SVIState
-            Arrays of its own, which a step may be allowed to overwrite.
+            Parameters of all rows, the optimizer's state, and a random key. The arrays
+            are its own, so a step may overwrite them.
+
+        Raises
+        ------
+        TypeError
+            If `rng_key` is not a random key.
+        ValueError
+            If the batch names a plate that the model does not have, or its rows or
+            counts do not fit the plate; if data are NaN; if the guide needs all rows in
+            its first call, and the batch lacks some.
+
+        Examples
+        --------
+        >>> state = svi.init(jax.random.key(0), batches[0])
+        >>> svi.get_params(state)["z_auto_loc"].shape == (N,)
+        True
         """
         check_key(rng_key)
         batch = self._unpacked(args, kwargs)
@@ -177,9 +201,11 @@ class SubsampleSVI(SVI):
         svi_state : SVIState
             The state before the step.
         *args, **kwargs
-            One ``Minibatch``, or the arguments of the model.
+            One ``Minibatch``, which pins rows and tells padding, or the arguments of
+            the model, whose plates then draw their rows.
         forward_mode_differentiation : bool, default False
-            Whether to differentiate in forward mode, as ``numpyro.infer.SVI`` does.
+            Differentiate in forward mode, which ``jax.lax.while_loop`` in a model
+            needs.
 
         Returns
         -------
@@ -187,6 +213,21 @@ class SubsampleSVI(SVI):
             The state after the step.
         loss : array of shape ()
             The loss before the step, an estimate for all rows.
+
+        Raises
+        ------
+        ValueError
+            If ``init`` has not been called; if the batch names a plate that the model
+            does not have, or its rows or counts do not fit the plate; if the objective
+            or the guide cannot leave out padding; with `rowwise`, if the optimizer or
+            the guide mixes rows.
+
+        Examples
+        --------
+        >>> step = jax.jit(svi.update, donate_argnums=0)
+        >>> state, loss = step(state, batches[0])
+        >>> loss.shape
+        ()
         """
         options = {"forward_mode_differentiation": forward_mode_differentiation}
         return self._step(super().update, svi_state, options, args, kwargs)
@@ -205,9 +246,11 @@ class SubsampleSVI(SVI):
         svi_state : SVIState
             The state before the step.
         *args, **kwargs
-            One ``Minibatch``, or the arguments of the model.
+            One ``Minibatch``, which pins rows and tells padding, or the arguments of
+            the model, whose plates then draw their rows.
         forward_mode_differentiation : bool, default False
-            Whether to differentiate in forward mode, as ``numpyro.infer.SVI`` does.
+            Differentiate in forward mode, which ``jax.lax.while_loop`` in a model
+            needs.
 
         Returns
         -------
@@ -215,6 +258,22 @@ class SubsampleSVI(SVI):
             The state after the step, or before it if the step is skipped.
         loss : array of shape ()
             The loss before the step, an estimate for all rows.
+
+        Raises
+        ------
+        ValueError
+            If ``init`` has not been called; if the batch names a plate that the model
+            does not have, or its rows or counts do not fit the plate; if the objective
+            or the guide cannot leave out padding; with `rowwise`, if the optimizer or
+            the guide mixes rows.
+
+        Examples
+        --------
+        >>> step = jax.jit(svi.stable_update)
+        >>> nan = minibatch(X[:3] * np.nan, y[:3], rows={"people": np.arange(3)})
+        >>> state_after, loss = step(state, nan)
+        >>> float(loss), bool(state_after.optim_state[0] == state.optim_state[0])
+        (nan, True)
         """
         options = {"forward_mode_differentiation": forward_mode_differentiation}
         return self._step(super().stable_update, svi_state, options, args, kwargs)
@@ -227,12 +286,24 @@ class SubsampleSVI(SVI):
         svi_state : SVIState
             The state, whose random key the loss is computed with.
         *args, **kwargs
-            One ``Minibatch``, or the arguments of the model.
+            One ``Minibatch``, which pins rows and tells padding, or the arguments of
+            the model, whose plates then draw their rows.
 
         Returns
         -------
         array of shape ()
             The loss, an estimate for all rows.
+
+        Raises
+        ------
+        ValueError
+            If ``init`` has not been called; if the batch names a plate that the model
+            does not have, or its rows or counts do not fit the plate; if the objective
+            or the guide cannot leave out padding.
+
+        Examples
+        --------
+        >>> loss = jax.jit(svi.evaluate)(state, batches[0])
         """
         check_seen(self)
         batch = self._unpacked(args, kwargs)
@@ -263,7 +334,7 @@ class SubsampleSVI(SVI):
             The state so far.
         *args, **kwargs
             One ``Minibatch``, or the arguments of the model, for which the model makes
-            its plates with their new sizes. No new row has to be in it.
+            its plates with their new sizes. New rows need not be in it.
 
         Returns
         -------
@@ -295,7 +366,12 @@ class SubsampleSVI(SVI):
 
         Examples
         --------
-        >>> state = svi.grow(state, minibatch(X[rows], rows={"n": rows}))
+        >>> N, X, y = N + 20, np.append(X, X[:20], 0), np.append(y, y[:20])
+        >>> rows = np.arange(N - 20, N)  # the model now makes its plate of N rows
+        >>> batch = minibatch(X[rows], y[rows], rows={"people": rows})
+        >>> state = svi.grow(state, batch)
+        >>> svi.get_params(state)["z_auto_loc"].shape == (N,)
+        True
         """
         check_seen(self)
         batch = self._unpacked(args, kwargs)
