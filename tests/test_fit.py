@@ -64,7 +64,7 @@ copy = partial(jax.tree.map, jnp.copy)
 @pytest.mark.parametrize("options", [{}, {"rowwise": True}])
 def test_fit_is_the_bare_loop_and_can_be_resumed(options, together):
     # Alone, steps are those of the bare loop bit for bit.
-    same = assert_equal if together == 1 else partial(assert_close, rtol=1e-6)
+    same = assert_equal if together == 1 else partial(assert_close, rtol=1e-5)
     together = {"steps_per_dispatch": together}
     svi = svi_of(**options)
     step = jax.jit(svi.update, donate_argnums=0)
@@ -389,7 +389,7 @@ def test_old_keys_are_keys():
     [
         ((4, 5), {}, None),
         ((4, 5, 6), {}, "3 shapes of batch, with 4, 5, 6 rows .* capacity={'rows': 6}"),
-        ((4, 5, 6), {"capacity": lambda count: count}, None),
+        ((4, 5, 6), {"capacity": "powers of two"}, None),
     ],
 )
 def test_each_size_compiled_is_told_once(sizes, options, told):

@@ -31,6 +31,7 @@ from numpyro_dynamic_subsample import (
     minibatch,
 )
 from numpyro_dynamic_subsample.effect import internals
+from numpyro_dynamic_subsample.steps import programs
 from numpyro_dynamic_subsample.steps.start import check_seen
 
 
@@ -171,7 +172,7 @@ def test_state_of_a_model_that_has_not_been_seen():
 def made(monkeypatch):
     """The programs that are made, of which there are none yet."""
     made = {}
-    monkeypatch.setattr(internals, "_programs", made)
+    monkeypatch.setattr(programs, "_programs", made)
     return made
 
 

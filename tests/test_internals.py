@@ -4,9 +4,14 @@ import jax
 import numpyro
 import pytest
 from numpyro import handlers, infer, primitives
-from numpyro.contrib.funsor import enum_messenger
+from numpyro.contrib.funsor import discrete, enum_messenger
 from numpyro.infer import autoguide
-from numpyro.infer.autoguide import AutoGuideList, AutoNormal, AutoSemiDAIS
+from numpyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoNormal,
+    AutoSemiDAIS,
+)
 from numpyro.ops import provenance
 
 import numpyro_dynamic_subsample
@@ -22,16 +27,17 @@ OWNERS = {
     "provenance": lambda: provenance,
     "Predictive": lambda: infer.Predictive,
     "util": lambda: infer.util,
+    "funsor discrete": lambda: discrete,
     "jax": lambda: jax.core,
     "autoguide": lambda: autoguide,
     "AutoNormal": lambda: initialised(AutoNormal(one_latent)),
+    "AutoDiagonalNormal": lambda: AutoDiagonalNormal,
     "AutoGuideList": lambda: AutoGuideList(one_latent),
     "AutoSemiDAIS": lambda: initialised(AutoSemiDAIS(local, local)),
     "scope": lambda: handlers.scope(prefix="a"),
     "seed": lambda: handlers.seed(rng_seed=0),
-    "mask": lambda: handlers.mask(mask=False),
     "replay": lambda: handlers.replay(trace={}),
-    "condition": lambda: handlers.condition(data={}),
+    "do": lambda: handlers.do(data={}),
 }
 NAMES = [
     ("primitives", "_PYRO_STACK"),
@@ -45,6 +51,7 @@ NAMES = [
     ("provenance", "eval_provenance"),
     ("Predictive", "__call__"),
     ("util", "find_valid_initial_params"),
+    ("funsor discrete", "_sample_posterior"),
     ("jax", "eval_jaxpr"),
     ("AutoNormal", "prototype_trace"),
     ("AutoNormal", "_setup_prototype"),
@@ -53,14 +60,15 @@ NAMES = [
     ("AutoNormal", "_init_locs"),
     ("AutoNormal", "_event_dims"),
     ("AutoNormal", "_postprocess_fn"),
+    ("AutoDiagonalNormal", "_get_posterior"),
     ("AutoGuideList", "_guides"),
     ("AutoSemiDAIS", "_local_plate"),
     ("AutoSemiDAIS", "global_guide"),
     ("scope", "hide_types"),
     ("seed", "hide_types"),
-    ("mask", "mask"),
     ("replay", "trace"),
-    ("condition", "data"),
+    ("do", "_intervener_id"),
+    ("do", "data"),
 ]
 
 

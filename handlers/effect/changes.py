@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import jax
@@ -42,11 +42,16 @@ def numpyro_changed() -> Generator[None]:
         yield
         return
     with ExitStack() as changes:
-        for owner, attributes in _changes():
-            changes.enter_context(internals.replaced(owner, **attributes))
+
+        def route(guide_class: type) -> None:
+            changes.enter_context(
+                internals.replaced(guide_class, **_routes(guide_class))
+            )
+
+        changes.enter_context(internals.all_replaced(_changes().items()))
         # Classes that are made in here.
-        routes = classmethod(lambda cls: _route(cls, changes))
-        changes.enter_context(internals.replaced(AutoGuide, __init_subclass__=routes))
+        made = {"__init_subclass__": classmethod(route)}
+        changes.enter_context(internals.replaced(AutoGuide, **made))
         changes.enter_context(internals.plates_made_by(_noting_default))
         _is_changed = True
         try:
@@ -55,21 +60,22 @@ def numpyro_changed() -> Generator[None]:
             _is_changed = False
 
 
-def _changes() -> Iterator[tuple[type, dict[str, Any]]]:
-    for guide_class in (AutoGuide, *_subclasses(AutoGuide)):
-        yield guide_class, _routes(guide_class)
+def _changes() -> dict[type, dict[str, Any]]:
+    changes = {cls: _routes(cls) for cls in _with_subclasses(AutoGuide)}
     for cls in GIVERS:
-        yield cls, {"process_message": taking_rows(cls.process_message)}
+        changes[cls] = {"process_message": taking_rows(cls.process_message)}
     for cls in internals.PLATE_CLASSES:
-        yield cls, {"postprocess_message": _taking_rows(cls.postprocess_message)}
+        changes[cls] = {"postprocess_message": _taking_rows(cls.postprocess_message)}
     predict = internals.Predictive.__call__
-    yield internals.Predictive, {"__call__": _known_as_such(predict)}
+    changes[internals.Predictive] = {"__call__": _known_as_such(predict)}
+    return changes
 
 
-def _subclasses(guide_class: type) -> Iterator[type]:
-    for subclass in guide_class.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
+def _with_subclasses(guide_class: type) -> list[type]:
+    found = [guide_class]
+    for cls in found:
+        found += cls.__subclasses__()
+    return found
 
 
 def _routes(guide_class: type) -> dict[str, Callable]:
@@ -87,10 +93,7 @@ def _routes(guide_class: type) -> dict[str, Callable]:
     return routes
 
 
-def _route(guide_class: type, changes: ExitStack) -> None:
-    changes.enter_context(internals.replaced(guide_class, **_routes(guide_class)))
-
-
+@cache
 def _served_call(run: Any) -> Callable:
     @wraps(run)
     def method(guide: AutoGuide, *args: Any, **kwargs: Any) -> Any:
@@ -99,6 +102,7 @@ def _served_call(run: Any) -> Callable:
     return method
 
 
+@cache
 def _served_method(run: Any) -> Callable:
     @wraps(run)
     def method(guide: AutoGuide, *args: Any, **kwargs: Any) -> Any:

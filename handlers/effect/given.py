@@ -30,8 +30,7 @@ def taking_rows(process: Callable) -> Callable:
             process(giver, msg)
             return
         before, frames, scale = msg["value"], msg["cond_indep_stack"], msg["scale"]
-        intervenes = isinstance(giver, do) and msg["name"] in (giver.data or {})
-        intervenes = intervenes and msg.get("_intervener_id") != giver._intervener_id
+        intervenes = internals.intervenes(giver, msg)
         if intervenes:
             # NumPyro runs all handlers on a copy of the message, those too that have
             # added their frames and scales to it before.

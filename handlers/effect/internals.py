@@ -6,16 +6,22 @@ stack of handlers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from hashlib import sha256
 from importlib.metadata import version
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import jax
-import jax.numpy as jnp
 import numpyro
 
 try:
@@ -23,9 +29,8 @@ try:
     from numpyro.contrib.funsor.discrete import _sample_posterior as sample_enumerated
     from numpyro.contrib.funsor.enum_messenger import enum
     from numpyro.contrib.funsor.enum_messenger import plate as enum_plate
-    from numpyro.handlers import replay, scope, substitute, trace
+    from numpyro.handlers import do, replay, scope, substitute, trace
     from numpyro.infer import Predictive
-    from numpyro.infer import util as initialisation
     from numpyro.infer.autoguide import AutoGuide
     from numpyro.ops.provenance import eval_provenance
     from numpyro.optim import _NumPyroOptim as Optimizer
@@ -34,7 +39,6 @@ try:
 
     # What is used of classes; of their instances, see `tests/test_internals.py`.
     plate._subsample, AutoGuide._setup_prototype, Predictive.__call__  # noqa: B018
-    initialisation.find_valid_initial_params  # noqa: B018
 except (AttributeError, ImportError) as error:
     raise ImportError(
         "numpyro_dynamic_subsample works with numpyro 0.21 and 0.22; of numpyro "
@@ -46,6 +50,7 @@ __all__ = [
     "Messenger",
     "Optimizer",
     "Tracer",
+    "eval_jaxpr",
     "eval_provenance",
     "sample_enumerated",
 ]
@@ -195,6 +200,13 @@ def gives_params() -> list[Any]:
     return [h for h in handlers_around() if isinstance(h, substitute | replay)]
 
 
+def intervenes(handler: Any, msg: dict[str, Any]) -> bool:
+    """Tell whether a handler is `do`, about to replace the value of a site."""
+    if not isinstance(handler, do) or msg["name"] not in (handler.data or {}):
+        return False
+    return msg.get("_intervener_id") != handler._intervener_id
+
+
 def enumerating() -> bool:
     """Tell whether funsor enumerates sites, as ``TraceEnum_ELBO`` does."""
     return find(enum) is not None
@@ -268,96 +280,30 @@ def forget_first_call(guide: Any) -> None:
     guide._prototype_frame_full_sizes = {}
 
 
-# ------------------------------------------------------------------ programs
-
-_programs: dict[Any, Callable] = {}
-
-# They run once, so that compiling is most of what they take.
-QUICKLY: dict[str, str | bool] = {
-    "xla_backend_optimization_level": "0",
-    "xla_llvm_disable_expensive_passes": True,
-}
-# Operations that run one after another round as they do by themselves.
-EXACTLY = QUICKLY | {"xla_disable_hlo_passes": "constant_folding,fusion"}
-
-
-def compiled(
-    function: Callable, *args: Any, options: Mapping[str, Any] = QUICKLY
-) -> Callable:
-    """Compile a function of arrays, or find the program that computes the same.
-
-    The program computes at once, whatever is being traced. What the function closes
-    over is none of its constants, so that other data need no other program. A program
-    that calls back to the host is used by nobody else, since its text does not tell
-    what it calls. XLA's `options` are `QUICKLY`, `EXACTLY`, or none for a program that
-    runs long.
-    """
-    if jax.config.jax_disable_jit:  # ty: ignore[missing-attribute]
-        return function
-    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    consts = [jnp.asarray(const) for const in jaxpr.consts]
-    lowered = jax.jit(partial(eval_jaxpr, jaxpr.jaxpr)).lower(
-        consts, *jax.tree.leaves(args)
-    )
-    text = lowered.as_text()
-    # The text leaves out the arguments that nothing is computed of.
-    given = [
-        (jnp.shape(leaf), jnp.result_type(leaf), getattr(leaf, "sharding", None))
-        for leaf in jax.tree.leaves((consts, args))
-    ]
-    key = sha256(text.encode()).digest(), str(given), str(options)
-    is_own = "callback" in text or bool(jaxpr.effects)
-    program = None if is_own else _programs.get(key)
-    if program is None:
-        program = lowered.compile(dict(options))
-        if not is_own:
-            _programs[key] = program
-    structure = jax.tree.structure(shapes)
-
-    def run(*args: Any) -> Any:
-        leaves = program(consts, *jax.tree.leaves(args))
-        return jax.tree.unflatten(structure, leaves)
-
-    return run
-
-
-@contextmanager
-def search_compiled() -> Generator[None]:
-    """Let autoguides look for initial values in one program, instead of in hundreds."""
-    search = initialisation.find_valid_initial_params
-
-    def search_at_once(
-        rng_key: jax.Array, model: Callable, *, prototype_params: Any, **options: Any
-    ) -> Any:
-        def find(rng_key: jax.Array) -> Any:
-            # Not an argument, since JAX would sort its sites: each draws in its turn.
-            return search(rng_key, model, prototype_params=prototype_params, **options)
-
-        try:
-            (params, *others), is_valid = compiled(find, rng_key)(rng_key)
-        except Exception:
-            # The model needs values, or is being traced already.
-            return find(rng_key)
-        return ({name: params[name] for name in prototype_params}, *others), is_valid
-
-    with replaced(initialisation, find_valid_initial_params=search_at_once):
-        yield
-
-
 # ------------------------------------------------------------------ changes, undone
 
 
-@contextmanager
-def replaced(owner: Any, **attributes: Any) -> Generator[None]:
+def replaced(owner: Any, **attributes: Any) -> AbstractContextManager[None]:
     """Give a class or an object other attributes, and its own ones back at the end."""
+    return all_replaced([(owner, attributes)])
+
+
+@contextmanager
+def all_replaced(changes: Collection[tuple[Any, dict[str, Any]]]) -> Generator[None]:
+    """Give some classes or objects other attributes, and their own back at the end."""
     missing = object()
-    before = {name: vars(owner).get(name, missing) for name in attributes}
-    for name, value in attributes.items():
-        setattr(owner, name, value)
+    before = [
+        (owner, name, vars(owner).get(name, missing))
+        for owner, attributes in changes
+        for name in attributes
+    ]
+    for owner, attributes in changes:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for owner, name, value in before:
             if value is missing:
                 delattr(owner, name)
             else:

@@ -22,6 +22,7 @@ from ..effect import internals
 from ..effect.rows import check_rows
 from .draw import Draw, Request
 from .inputs import Batch, Given, params_of, posteriors_of
+from .programs import compiled
 from .start import check_key
 
 if TYPE_CHECKING:
@@ -326,7 +327,7 @@ class _Program:
             )
             return jax.tree.map(lambda draws: draws[: len(keys)], made)
 
-        self._run = internals.compiled(all_draws, keys, given, rows, options={})
+        self._run = compiled(all_draws, keys, given, rows, options={})
         self._rows = rows
         self._given = given
         self._one = lambda **some: run(keys[0], given._replace(**some), rows)

@@ -18,6 +18,7 @@ from ..effect import internals
 from ..effect.guides import has_parts, set_up_alone
 from ..effect.internals import Tracer
 from ..effect.reading import hidden_run
+from .programs import EXACTLY, compiled
 
 
 def check_key(rng_key: Any) -> None:
@@ -127,7 +128,7 @@ def _in_one_program(
             with keys:
                 set_up_alone(autoguide, svi.model, args, kwargs)
         with internals.replaced(svi, guide=called_later):
-            program = internals.compiled(find, rng_key, options=internals.EXACTLY)
+            program = compiled(find, rng_key, options=EXACTLY)
             state = program(rng_key)
         constrain: Any = svi.constrain_fn
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(constrain.args)):

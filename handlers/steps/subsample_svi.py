@@ -26,6 +26,7 @@ from .fit import fit
 from .grow import grown
 from .optimizers import check_goes_by_gradients
 from .predict import log_likelihood, predict
+from .programs import search_compiled
 from .rowwise import rowwise_step
 from .start import check_key, check_seen, init_at_once
 
@@ -183,7 +184,7 @@ class SubsampleSVI(SVI):
             return numpyro_init(rng_key, *batch.args, **batch.kwargs)
 
         given = batch.args, {**batch.kwargs, **self.static_kwargs}
-        with self._on(batch), internals.search_compiled():
+        with self._on(batch), search_compiled():
             return init_at_once(self, init, rng_key, *given)
 
     def update(
