@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import jax  # noqa: E402
 import numpyro  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -24,6 +25,8 @@ from numpyro.contrib.funsor.enum_messenger import plate as enum_plate  # noqa: E
 from numpyro.infer import Predictive, autoguide  # noqa: E402
 from numpyro.infer.autoguide import AutoGuide  # noqa: E402
 from numpyro.primitives import _PYRO_STACK  # noqa: E402
+
+from numpyro_dynamic_subsample.steps import programs  # noqa: E402
 
 # What JAX traces is many small objects, which Python would go through time and again.
 gc.freeze()
@@ -50,6 +53,15 @@ def numpyro_state():
         [dict(vars(cls)) for cls in classes],
         "__init_subclass__" in vars(AutoGuide),
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_dropped():
+    """A process can map only so much memory, and each compiled program maps some."""
+    yield
+    programs._programs.clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -130,7 +130,7 @@ def test_a_wrapper_alone_says_that_it_cannot_reach_them(handler):
     svi = svi_of(model, dynamic_subsample(AutoDelta(model)), SVI)
     state = svi.init(jax.random.key(0), Y)
     svi.evaluate(state, Y)
-    message = rf"`{handler.__name__}` gives site 'z' .* all 8 rows of plate 'n', .* 1\."
+    message = rf"`{handler.__name__}` gives site 'z' .* all 8 rows of plate 'n', .* 1 "
     with handlers.substitute(data={"n": jnp.array([4])}):
         with pytest.raises(ValueError, match=message):
             svi.evaluate(state, Y[4:5])
@@ -209,3 +209,11 @@ def test_guide_with_plates_by_hand_is_left_alone_in_a_context(cls):
     theirs = steps()
     with dynamic_subsample():
         assert steps() == theirs
+
+
+def test_scalar_intervention_where_only_the_guide_is_wrapped():
+    model = handlers.do(intervened(None), data={"d": jnp.array(2.0)})
+    svi = svi_of(model, dynamic_subsample(AutoDelta(model)), SVI)
+    message = "`do` replaces site 'd', with a scale that NumPyro counts twice, in plate"
+    with pytest.raises(ValueError, match=message):
+        svi.init(jax.random.key(0), 3)

@@ -176,7 +176,8 @@ def warnings_of(model, count=None, size=3):
 
 def test_data_of_groups_without_a_scale():
     (message,) = warnings_of(of_groups(plate_of_batch))
-    for part in ("'y'", "'groups'", "3 of its 8 rows", "handlers.scale(scale=8 / gr"):
+    scale = "handlers.scale(scale=8 / count)"
+    for part in ("'y'", "'groups'", "3 of its 8 rows", scale):
         assert part in message
 
 
@@ -489,3 +490,16 @@ def test_factor_of_data_outside_of_the_plate():
     assert factor_warnings(scaled) == []
     (message,) = factor_warnings(scaled, capacity=5)
     assert "sums over its rows, those of the padding too" in message
+
+
+def test_number_of_rows_that_is_traced():
+    def indexing(size):
+        with numpyro.plate("n", N, subsample_size=size) as rows:
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=jnp.asarray(X)[rows])
+
+    svi = SubsampleSVI(indexing, AutoNormal(indexing), optax.sgd(0.1), Trace_ELBO())
+    batch = minibatch(3, rows={"n": ROWS})
+    state = svi.init(jax.random.key(0), batch)
+    with pytest.raises(ValueError, match=r"'n' \(size 8\) .* traced.*Leave subsample"):
+        jax.jit(svi.update)(state, batch)

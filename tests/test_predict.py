@@ -913,3 +913,21 @@ def test_memory_is_bounded_whatever_the_plate_and_the_batch_are(
     (of_draws,) = memory
     assert of_draws.output_size_in_bytes <= (draws + 1) * rows * 4 + 1000
     assert of_draws.temp_size_in_bytes < 2**25 + 8 * rows * 4
+
+
+def test_unseen_rows_of_a_plate_that_asks_for_no_size():
+    def model(y=None, *, x):
+        with numpyro.plate("n", N):
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(x + z, 0.1), obs=y)
+
+    svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.02), Trace_ELBO())
+    x = np.linspace(0, 1, N).astype("float32")
+    state = svi.init(KEY, minibatch(x, x=x, rows={"n": np.arange(N)}))
+    for count in (3, N + 4):
+        new = minibatch(x=np.full(count, 5, "float32"), rows={"n": None})
+        y = svi.predict(KEY, state, new, 2000, unseen=["n"])["y"]
+        assert y.shape == (2000, count)
+        np.testing.assert_allclose(y.mean(0), 5, atol=0.15)
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at le"):
+        svi.predict(KEY, state, new, 0, unseen=["n"])

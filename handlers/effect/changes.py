@@ -15,9 +15,9 @@ from .calls import predicting
 from .data_flow import check_predictive
 from .given import GIVERS, taking_rows
 from .guides import call_guide
-from .internals import Handler
+from .internals import Handler, Tracer
 from .posterior import POSTERIOR_METHODS, call_posterior_method
-from .rows import take_pinned_rows
+from .rows import check_subsample_size, take_pinned_rows
 
 _is_changed = False
 
@@ -146,7 +146,9 @@ class _note_default_rows(Handler):
 
 
 def _noting_default(
-    subsample: Callable, name: str, *args: Any
+    subsample: Callable, name: str, size: int, argument: Any, dim: int | None
 ) -> tuple[int, jax.Array]:
+    if isinstance(argument, Tracer):
+        check_subsample_size(name, size, argument)
     with _note_default_rows():
-        return subsample(name, *args)
+        return subsample(name, size, argument, dim)

@@ -514,8 +514,9 @@ def _scale_message(name: str, site: Site, plate: PlateRows, padded: bool) -> str
     move = "Move it into the plate, or scale" if site.factor else "Scale"
     return (
         f"{where} {why}. {move} it with handlers.scale, by the rows of the plate over "
-        f"those in the batch: with handlers.scale(scale={plate.size} / groups): ..., "
-        "where groups, the number of valid rows, is an argument of the model."
+        f"those in the batch: with handlers.scale(scale={plate.size} / count): ..., "
+        "where count is an argument of the model, the number of rows in the batch "
+        "without its padding."
     )
 
 

@@ -61,8 +61,12 @@ def _rows_of(value: Any, giver: Any, msg: dict[str, Any]) -> Any:
         of_all = jnp.ndim(value) >= -axis and jnp.shape(value)[axis] == plate.size
         if plate.subsample_size == plate.size:
             of_all = of_all and _is_of_all_rows(giver, plate, site)
-        if of_all or isinstance(giver, do):
-            _check_reach(giver, plate, site)
+        if of_all:
+            what = f"gives site '{site}' values of all {plate.size} rows of"
+            _check_reach(giver, what, plate)
+        elif isinstance(giver, do):
+            what = f"replaces site '{site}', with a scale that NumPyro counts twice, in"
+            _check_reach(giver, what, plate)
         if of_all:
             value = take_rows(value, rows, plate.size, axis)
     return value
@@ -88,15 +92,15 @@ def _is_of_all_rows(giver: Any, plate: Any, site: str) -> bool:
     )
 
 
-def _check_reach(giver: Any, plate: Any, site: str) -> None:
+def _check_reach(giver: Any, what: str, plate: Any) -> None:
     """Refuse what the model would not get where only the guide is wrapped."""
     call = internals.find(follow_model)
     if call is None or internals.find(hold_to_guide) is not None:
         return
     if call.reading or giver in call.around:
         raise RowsError(
-            f"`{type(giver).__name__}` gives site '{site}' values of all {plate.size} "
-            f"rows of plate '{plate.name}', which takes {plate.subsample_size}. A "
-            "wrapped guide alone cannot take these rows in the model: enter "
-            "dynamic_subsample() around the step, or use SubsampleSVI."
+            f"`{type(giver).__name__}` {what} plate '{plate.name}', which takes "
+            f"{plate.subsample_size} of its {plate.size} rows. A wrapped guide alone "
+            "cannot mend this in the model: enter dynamic_subsample() around the step, "
+            "or use SubsampleSVI."
         )

@@ -92,7 +92,7 @@ def call_guide(
     if call is not None:
         with served(guide, call):
             return run(*args, **kwargs)
-    if any(part.create_plates is not None for part in autoguides_in(guide)):
+    if makes_plates(guide):
         return _run_as_it_is(guide, run, args, kwargs)
 
     def rerun(*args: Any, **kwargs: Any) -> Any:
@@ -119,13 +119,23 @@ def has_parts(guide: AutoGuide) -> bool:
     return isinstance(guide, AutoGuideList | AutoSemiDAIS)
 
 
+def makes_plates(guide: Any) -> bool:
+    """Tell whether a guide makes its plates by ``create_plates``."""
+    return any(part.create_plates is not None for part in autoguides_in(guide))
+
+
+def refuse_create_plates(guide: Any) -> None:
+    """Refuse to wrap a guide that makes its plates by itself."""
+    raise ValueError(
+        f"The guide {guide!r} has create_plates, and dynamic_subsample makes its "
+        "plates follow the model. Leave create_plates out."
+    )
+
+
 def _run_as_it_is(guide: Any, run: Callable, args: tuple, kwargs: dict) -> Any:
     """Run a guide whose plates are made by hand, as NumPyro does."""
     if internals.find(hold_to_guide) is None:
-        raise ValueError(
-            f"The guide {guide!r} has create_plates, and dynamic_subsample makes its "
-            "plates follow the model. Leave create_plates out."
-        )
+        refuse_create_plates(guide)
     with ExitStack() as marks:
         for part in autoguides_in(guide):
             marks.enter_context(mark_served(part))

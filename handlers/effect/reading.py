@@ -168,7 +168,7 @@ def read_plates(
     def noted(
         subsample: Callable, name: str, size: int, argument: Any, dim: int | None
     ) -> tuple[int, jax.Array]:
-        check_subsample_size(name, size, size if argument is None else int(argument))
+        check_subsample_size(name, size, size if argument is None else argument)
         with _give_first_rows() as giving:
             dim, rows = subsample(name, size, argument, dim)
         name = final_names[name] = giving.message["name"]

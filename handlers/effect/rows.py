@@ -197,8 +197,15 @@ def check_rows(name: str, size: int | None, rows: Any) -> None:
         )
 
 
-def check_subsample_size(name: str, size: int, subsample_size: int) -> None:
+def check_subsample_size(name: str, size: int, subsample_size: Any) -> None:
     """Refuse a number of rows that a plate of `size` rows cannot give."""
+    if isinstance(subsample_size, Tracer):
+        raise RowsError(
+            f"Plate '{name}' (size {size}) is asked for a number of rows that is "
+            "traced, and shapes have to be known. Leave subsample_size out, so that "
+            "the rows of the batch decide; or take the length of an array of the "
+            "batch, or an argument that is static: SubsampleSVI(..., count=...)."
+        )
     if 1 <= subsample_size <= size:
         return
     if subsample_size < 1:

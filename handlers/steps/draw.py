@@ -48,6 +48,8 @@ class _AnyRows(Handler):
     ----------
     rows : dict of str to jax.Array
         The rows.
+    counts : dict of str to int
+        How many rows unseen plates take that ask for no number.
 
     Attributes
     ----------
@@ -59,9 +61,9 @@ class _AnyRows(Handler):
         The plates whose rows are new ones: such a plate is as large as the batch.
     """
 
-    def __init__(self, rows: dict[str, jax.Array]) -> None:
+    def __init__(self, rows: dict[str, jax.Array], counts: dict[str, int]) -> None:
         super().__init__()
-        self._rows = rows
+        self._rows, self._counts = rows, counts
         self.made_up: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
         self.taken: dict[str, int] = {}
@@ -73,7 +75,7 @@ class _AnyRows(Handler):
         name, (size, count) = msg["name"], msg["args"]
         self.sizes.setdefault(name, size)
         if name in self.unseen:
-            count = size if count is None else count
+            count = self._counts.get(name, size) if count is None else count
             msg["args"], msg["value"] = (count, count), None
         if msg["value"] is None:
             self.made_up[name] = count
@@ -146,7 +148,7 @@ class Draw:
     def _run(self, key: jax.Array, given: Given, rows: dict) -> dict[str, Any]:
         request, unseen = self._request, self._request.unseen
         args, kwargs = self._batch.arguments(given.leaves)
-        self.any_rows = _AnyRows(rows)
+        self.any_rows = _AnyRows(rows, self._batch.lengths)
 
         def guide() -> None:
             with self._around(given), self._posteriors(given), substitute(data=pins):

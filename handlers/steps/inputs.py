@@ -101,6 +101,10 @@ class Batch:
         self.known = {n: own for n, own in self.known.items() if n not in unseen}
         self.rows = {name: _array(rows[name]) for name in self.known}
         self.counts = {name: int(count) for name, count in counts.items()}
+        self.lengths = {name: int(count) for name, count in batch.counts.items()}
+        for name in self.counts.keys() & {*unseen}:
+            # The number of rows with padding is nowhere in the batch.
+            self.lengths.pop(name)
         self.named = {*batch.rows, *counts}
         self.plates = {*batch.rows, *batch.counts, *rows, *counts, *unseen}
         self.says_plates = bool(batch.rows or batch.counts)

@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from ..effect.internals import Optimizer
-from .dataflow import MIXED, UNKNOWN, Rows, axes_of_rows, follow
+from .row_dependence import MIXED, UNKNOWN, Rows, axes_of_rows, follow
 
 # By plate, the axis of an array that runs over the plate's rows.
 Axes = dict[str, int]

@@ -211,6 +211,10 @@ def _computed(
 ) -> dict[str, np.ndarray]:
     """Compute a request for each batch, and concatenate the rows of all batches."""
     check_key(rng_key)
+    if not isinstance(num_samples, int | np.integer) or num_samples < 1:
+        raise ValueError(
+            f"num_samples must be a whole number of at least 1, not {num_samples!r}."
+        )
     if isinstance(batches, Minibatch):
         batches, progress_bar = [batches], False
     elif isinstance(batches, _NO_BATCHES) or not isinstance(batches, Iterable):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,9 @@ from numpyro.infer import util as initialisation
 
 from ..effect.internals import eval_jaxpr, replaced
 
-_programs: dict[Any, Callable] = {}
+# The last ones; each holds memory of the process.
+_programs: OrderedDict[Any, Callable] = OrderedDict()
+_MOST = 256
 
 # They run once, so that compiling is most of what they take.
 QUICKLY: dict[str, str | bool] = {
@@ -56,6 +59,8 @@ def compiled(
         program = lowered.compile(dict(options))
         if not is_own:
             _programs[key] = program
+            if len(_programs) > _MOST:
+                _programs.popitem(last=False)
     structure = jax.tree.structure(shapes)
 
     def run(*args: Any) -> Any:

@@ -20,6 +20,7 @@ from ..effect import internals
 from ..effect.calls import pinned_in_model
 from ..effect.data_flow import warn_of_score_functions
 from ..effect.dynamic_subsample import dynamic_subsample
+from ..effect.guides import makes_plates, refuse_create_plates
 from ..effect.internals import Tracer
 from ..effect.pin_rows import substitute_rows
 from .fit import fit
@@ -130,6 +131,8 @@ class SubsampleSVI(SVI):
         rowwise: bool = False,
         **static_kwargs: Any,
     ) -> None:
+        if makes_plates(guide):
+            refuse_create_plates(guide)
         guide = dynamic_subsample(guide, model=model)
         super().__init__(model, guide, optim, loss, **static_kwargs)
         if rowwise:
