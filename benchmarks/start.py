@@ -84,7 +84,8 @@ def first_step(way: str) -> dict[str, float]:
             rowwise=way == "row-wise",
         )
         capacity = BATCH if way == "padded" else None
-        batch = minibatch(y, rows=rows, capacity=capacity)
+        along = {"users": 0, "items": {0: 1}}
+        batch = minibatch(y, rows=rows, along=along, capacity=capacity)
         return svi.init(key, batch), svi.update, (batch,)
 
     def start() -> Any:
