@@ -305,7 +305,7 @@ def warn_of_call(guide: Callable, call: follow_model, rerun: Callable) -> None:
                 return
             _warn_of_drawn_rows(plate, latents, call, rerun, apart)
             done.add(key)
-    context = internals.find_outermost(hold_to_guide)
+    context = internals.find(hold_to_guide)
     padded = frozenset() if context is None else context.padded
     plates = [
         plate
@@ -329,7 +329,7 @@ def _what_draws_apart(call: follow_model) -> str | None:
 
 def _named_amiss(call: follow_model) -> bool:
     """Tell whether a batch names what is no plate, an error of which comes later."""
-    context = internals.find_outermost(hold_to_guide)
+    context = internals.find(hold_to_guide)
     if context is None or not context.named:
         return False
     try:

@@ -61,15 +61,14 @@ def set_up(guide: AutoGuide, call: follow_model) -> None:
             subsampled &= _plates_of_latents(guide.model, args, kwargs)
         if subsampled:
             _set_up_at_full_size(guide, min(subsampled), call, args, kwargs)
-        else:
-            with _known_rows(call):
-                internals.set_up_prototype(guide, args, kwargs)
-    elif subsampled and getattr(guide.init_loc_fn, "func", None) is init_to_value:
-        with _known_rows(call):
+            return
+    from_values = getattr(guide.init_loc_fn, "func", None) is init_to_value
+    with _known_rows(call):
+        if from_values and subsampled and not isinstance(guide, AutoContinuous):
             _set_up_from_values(guide, args, kwargs)
-    elif reordered or not isinstance(guide, AutoGuideList):
-        # A list that NumPyro sets up by itself checks its parts' deterministic sites.
-        with _known_rows(call):
+        elif reordered or not isinstance(guide, AutoGuideList):
+            # A list that NumPyro sets up by itself checks its parts' deterministic
+            # sites.
             internals.set_up_prototype(guide, args, kwargs)
 
 

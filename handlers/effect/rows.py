@@ -31,21 +31,15 @@ Rules, true everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from . import internals
 from .internals import Tracer
-
-# By plate: the rows of a batch, shape ``(subsample_size,)``, and how many are valid.
-Rows = Mapping[str, ArrayLike]
-Counts = Mapping[str, ArrayLike]
 
 
 class RowsError(ValueError):
