@@ -18,6 +18,7 @@ from ..effect.data_flow import warn
 # A dispatch takes some 0.1 ms on the host, most of what a step on a small batch takes
 # and nothing beside one on a large batch. So batches go together up to so many bytes.
 BYTES, STEPS = 2**22, 64
+ON_HOST = (np.ndarray, np.generic)
 # A device that has nothing to do waits for more batches, for so many times of what a
 # dispatch has taken at least; before the first, for that of so many seconds.
 TIMES, SECONDS = 10, 1e-3
@@ -175,12 +176,13 @@ class Chunks:
 def _shape(batch: Minibatch) -> tuple[Any, int]:
     """Return what batches of a chunk have in common, if it can be, and the size."""
     leaves, structure = jax.tree.flatten(batch)
-    if not leaves or not all(isinstance(x, np.ndarray | np.generic) for x in leaves):
-        return None, 0
-    return (
-        (structure, [(leaf.shape, leaf.dtype) for leaf in leaves]),
-        sum(leaf.nbytes for leaf in leaves),
-    )
+    shape, size = [structure], 0
+    for leaf in leaves:
+        if not isinstance(leaf, ON_HOST):
+            return None, 0
+        shape += leaf.shape, leaf.dtype
+        size += leaf.nbytes
+    return (shape, size) if leaves else (None, 0)
 
 
 def _stacked(batches: list[Minibatch], room: int) -> Minibatch:

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from operator import length_hint
 from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -253,14 +254,12 @@ def fit(
     def hold_out(batch: Any, count: Any, number: int) -> Any:
         return evaluate(now, batch, count, number)
 
-    def initialised(batches: Iterator[Minibatch]) -> Iterator[Minibatch]:
+    def begin(batch: Minibatch) -> None:
         nonlocal now
-        for batch in batches:
-            if now is None or self.constrain_fn is None:
-                # `init` also sets up a new SVI that is given a state.
-                fresh = self.init(rng_key, batch)
-                now = fresh if now is None else now
-            yield batch
+        if now is None or self.constrain_fn is None:
+            # `init` also sets up a new SVI that is given a state.
+            fresh = self.init(rng_key, batch)
+            now = fresh if now is None else now
 
     now: Any = None if state is None else jax.tree.map(jnp.copy, state)
     passes: list[_Losses] = []
@@ -299,13 +298,15 @@ def fit(
                     bar.update(len(some))
 
                 bar.set_description_str(f"epoch {epoch + 1}/{epochs}", refresh=False)
-                training.run(initialised(_checked(given, epoch)), done)
+                first, made = _checked(given, epoch)
+                begin(first)
+                training.run(made, done)
                 epoch_losses.append(losses.mean(check_finite))
                 shown = {"loss": f"{epoch_losses[-1]:,.4f}"}
                 if validation is not None:
                     held_out = _Losses("validation batch", epoch)
                     given = _of_epoch(validation, epoch)
-                    validating.run(_checked(given, epoch), held_out.add)
+                    validating.run(_checked(given, epoch)[1], held_out.add)
                     validation_losses.append(held_out.mean(check_finite))
                     shown["validation"] = f"{validation_losses[-1]:,.4f}"
                 bar.total = bar.n + (epochs - epoch - 1) * len(losses.counts)
@@ -444,16 +445,17 @@ def _of_epoch(batches: Batches, epoch: int) -> Iterable[Any]:
     return batches if isinstance(batches, Iterable) else batches(epoch)
 
 
-def _checked(given: Iterable[Any], epoch: int) -> Iterator[Minibatch]:
-    """Yield the batches of an epoch."""
-    batch = None
-    for batch in map(as_minibatch, given):
-        yield batch
-    if batch is None:
-        raise ValueError(
-            f"There is no batch in epoch {epoch}. Give an iterable that starts anew "
-            "each time, or a function of the epoch's number that returns one."
-        )
+def _checked(
+    given: Iterable[Any], epoch: int
+) -> tuple[Minibatch, Iterator[Minibatch]]:
+    """Return the first batch of an epoch, and all of them."""
+    batches = map(as_minibatch, given)
+    for first in batches:
+        return first, chain([first], batches)
+    raise ValueError(
+        f"There is no batch in epoch {epoch}. Give an iterable that starts anew each "
+        "time, or a function of the epoch's number that returns one."
+    )
 
 
 def _check_arguments(
