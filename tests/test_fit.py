@@ -2,7 +2,6 @@
 
 import re
 import signal
-import time
 from contextlib import nullcontext
 from functools import partial
 from threading import current_thread, main_thread
@@ -15,17 +14,16 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
 from checks import assert_close, assert_equal
 from models import Tensor, hierarchy
-from numpyro_dynamic_subsample import SubsampleSVI, minibatch
-from numpyro_dynamic_subsample.batches.minibatch import as_minibatch
-from numpyro_dynamic_subsample.steps import chunks as chunks_module
-from numpyro_dynamic_subsample.steps.chunks import Chunks
+from numpyro_dynamic_subsample import (
+    MisalignedSubsampleWarning,
+    SubsampleSVI,
+    minibatch,
+)
 
 ROWS, CAPACITY = 20, 8
 DATA = np.random.default_rng(0).normal(1.0, 1.0, ROWS).astype("f4")
@@ -99,87 +97,6 @@ def test_fit_is_the_bare_loop_and_can_be_resumed(options, together):
     assert rest.losses.tolist() == whole.losses[3:].tolist()
     assert_equal(rest.state, whole.state)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(first))
-
-
-class Unfinished:
-    """Losses that the device has not computed before somebody waits for them."""
-
-    running = 0
-
-    def __init__(self):
-        Unfinished.running += 1
-        assert Unfinished.running <= 2
-
-    def is_ready(self):
-        return False
-
-    def block_until_ready(self):
-        Unfinished.running -= 1
-
-
-@given(st.lists(st.integers(1, 3), max_size=12), st.integers(1, 4), st.booleans())
-def test_chunks_hold_each_batch_once_and_in_order(lengths, together, fails):
-    sent, done = [], []
-
-    def dispatch(batch, count, number):
-        assert number == len(sent)
-        (values,) = batch.args
-        assert len(values) == together or count is None
-        sent.extend(values[None] if count is None else values[:count])
-        return Unfinished()
-
-    def made():
-        for number, length in enumerate(lengths):
-            yield as_minibatch(np.full(length, number))
-        if fails:
-            raise OSError
-
-    Unfinished.running = 0
-    chunks = Chunks(dispatch, together)
-    with pytest.raises(OSError) if fails else nullcontext():
-        chunks.run(made(), lambda batches, losses: done.extend(batches))
-    assert [own.tolist() for own in sent] == [
-        [number] * length for number, length in enumerate(lengths)
-    ]
-    assert [own.args[0].tolist() for own in done] == [own.tolist() for own in sent]
-
-
-def test_slow_loaders_do_not_let_the_device_wait():
-    sent = []
-
-    def dispatch(batch, count, number):
-        sent.append(count)
-        return np.zeros(1)
-
-    class Ready(np.ndarray):
-        is_ready = staticmethod(lambda: True)
-        block_until_ready = staticmethod(lambda: None)
-
-    def slow():
-        for number in range(3):
-            time.sleep(0.02)
-            assert len(sent) == number
-            yield as_minibatch(np.zeros(2))
-
-    Chunks(lambda *of: dispatch(*of).view(Ready)).run(slow(), lambda *_: None)
-    assert sent == [1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("made", "debug", "counts"),
-    [(np.zeros, False, [3]), (np.zeros, True, [None] * 3), (jnp.zeros, False, None)],
-)
-def test_steps_that_must_be_alone(made, debug, counts, monkeypatch):
-    sent = []
-
-    def dispatch(batch, count, number):
-        sent.append(count)
-        return jnp.zeros(4)
-
-    monkeypatch.setattr(chunks_module, "SECONDS", 60)
-    with jax.debug_nans(debug):
-        Chunks(dispatch).run([as_minibatch(made(2))] * 3, lambda *_: None)
-    assert sent == (counts or [None] * 3)
 
 
 def test_state_whose_types_change_is_no_loop():
@@ -516,3 +433,17 @@ def test_fit_that_has_no_epoch_left():
 
 def test_iterator_for_one_epoch():
     assert quiet(svi_of(mean), batches(0)).losses.shape == (3,)
+
+
+@pytest.mark.parametrize("what", ["batches", "validation"])
+def test_what_is_no_loader(fitted, what):
+    batches = {"batches": [batch({"people": np.arange(3)})]} | {what: 3}
+    with pytest.raises(ValueError, match=f"{what} must be a list .*, not int"):
+        fitted[0].fit(KEY, **batches, progress_bar=False)
+
+
+def test_plain_loader_is_told_of_minibatch():
+    svi = SubsampleSVI(people, AutoNormal(people), optax.sgd(0.1), Trace_ELBO())
+    message = r"pin the rows that it holds: minibatch\(..., rows={'people': rows}\)"
+    with pytest.warns(MisalignedSubsampleWarning, match=message):
+        svi.fit(KEY, [Y[:4], Y[4:]], progress_bar=False)

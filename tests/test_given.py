@@ -9,9 +9,12 @@ import optax
 import pytest
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO
-from numpyro.infer.autoguide import AutoDelta, AutoNormal
+from numpyro.infer.autoguide import (
+    AutoDelta,
+)
+from numpyro.infer.util import log_density
 
-from models import N
+from models import TRUTH, N, X, plate_of, sliced_and_pinned
 from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample, minibatch
 
 Z = jnp.arange(float(N))
@@ -194,26 +197,64 @@ def test_rows_of_one_plate_that_pin_another():
         np.testing.assert_array_equal(np.flatnonzero(after != before), np.arange(5))
 
 
-@pytest.mark.parametrize("cls", [AutoNormal, AutoDelta])
-def test_guide_with_plates_by_hand_is_left_alone_in_a_context(cls):
-    """Bit for bit as in NumPyro."""
-
-    def plates(y):
-        return numpyro.plate("n", N, subsample_size=len(y))
-
-    def steps():
-        svi = SVI(base, cls(base, create_plates=plates), optax.sgd(0.1), Trace_ELBO())
-        state = svi.init(jax.random.key(0), Y[:4])
-        return [jax.jit(svi.update)(state, Y[:size])[1] for size in (4, 3)]
-
-    theirs = steps()
-    with dynamic_subsample():
-        assert steps() == theirs
-
-
 def test_scalar_intervention_where_only_the_guide_is_wrapped():
     model = handlers.do(intervened(None), data={"d": jnp.array(2.0)})
     svi = svi_of(model, dynamic_subsample(AutoDelta(model)), SVI)
     message = "`do` replaces site 'd', with a scale that NumPyro counts twice, in plate"
     with pytest.raises(ValueError, match=message):
         svi.init(jax.random.key(0), 3)
+
+
+PERMUTATION = jnp.array([3, 1, 5, 0, 4, 2, 7, 6])
+
+
+def trained(model, guide, context, name="z_auto_loc"):
+    """Train on one batch of all rows in another order."""
+    svi = SVI(model, guide, optax.sgd(0.25), Trace_ELBO())
+    args = TRUTH[PERMUTATION], PERMUTATION
+
+    def train():
+        state = svi.init(jax.random.key(0), *args)
+        steps = jax.lax.scan(lambda s, _: svi.update(s, *args), state, length=40)
+        return svi.get_params(steps[0])[name]
+
+    if not context:
+        return train()
+    with dynamic_subsample():
+        return train()
+
+
+def with_condition_fn(x, rows):
+    def choose(site):
+        return jnp.array(1.0) if site["name"] == "s" else None
+
+    def model():
+        s = numpyro.sample("s", dist.LogNormal(0, 1))
+        with plate_of(rows):
+            z = numpyro.sample("z", dist.Normal(0, 10))
+            numpyro.sample("y", dist.Normal(z, s), obs=x)
+
+    handlers.condition(model, condition_fn=choose)()
+
+
+def with_substitute_inside(x, rows):
+    handlers.substitute(sliced_and_pinned, data={"z": 10 * TRUTH})(x, rows)
+
+
+MODELS = [sliced_and_pinned, with_condition_fn, with_substitute_inside]
+
+
+@pytest.mark.parametrize("context", [False, True], ids=["wrapper", "context"])
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_are_taken_once_whoever_gives_other_sites(model, context):
+    guide = AutoDelta(handlers.block(sliced_and_pinned, hide=["s"]))
+    guide = guide if context else dynamic_subsample(guide)
+    np.testing.assert_allclose(trained(model, guide, context), TRUTH / 1.01, atol=0.01)
+
+
+def test_log_density_of_samples_of_all_rows():
+    args = (X[PERMUTATION], PERMUTATION)
+    with dynamic_subsample():
+        found, _ = log_density(sliced_and_pinned, args, {}, {"z": TRUTH})
+    exact = dist.Normal(0, 10).log_prob(TRUTH) + dist.Normal(TRUTH, 1).log_prob(X)
+    np.testing.assert_allclose(found, exact.sum(), rtol=1e-5)

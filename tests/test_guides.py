@@ -20,7 +20,6 @@ from numpyro.infer import (
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
-    init_to_value,
 )
 from numpyro.infer.autoguide import (
     AutoContinuous,
@@ -35,8 +34,19 @@ from numpyro.infer.autoguide import (
 from numpyro.infer.reparam import LocScaleReparam
 
 from checks import assert_same_mean
-from models import N, X, independent, local, one_latent, rows_plate
-from numpyro_dynamic_subsample import dynamic_subsample
+from models import (
+    TRUTH,
+    N,
+    X,
+    local,
+    one_latent,
+    rows_plate,
+    sliced_and_pinned,
+)
+from numpyro_dynamic_subsample import (
+    SubsampleSVI,
+    dynamic_subsample,
+)
 
 
 def losses(svi, state, size, draws=1000, **kwargs):
@@ -314,34 +324,6 @@ def test_users_subclasses(guide_class, form):
         assert guide.calls == 2
 
 
-@pytest.mark.parametrize("values", [X * 10, 3.0], ids=["by row", "one for all"])
-@pytest.mark.parametrize("first", [4, N])
-@pytest.mark.parametrize(
-    "guide_class", [AutoNormal, AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal]
-)
-def test_rows_start_where_the_user_says(guide_class, first, values):
-    """Values for all rows, although the first call is a batch: NumPyro's issue 2063."""
-
-    def positive(size):
-        with rows_plate(size) as idx:
-            z = numpyro.sample("z", dist.LogNormal(0, 1))
-            numpyro.sample("y", dist.Normal(z, 1), obs=X[idx])
-
-    start = jnp.exp(jnp.broadcast_to(values, (N,)) / 10)
-    init = init_to_value(values={"z": start})
-    guide = dynamic_subsample(guide_class(positive, init_loc_fn=init))
-    svi = SVI(positive, guide, optax.sgd(0.1), Trace_ELBO())
-    params = svi.get_params(svi.init(jax.random.key(0), first))
-    np.testing.assert_allclose(guide.median(params)["z"], start, rtol=1e-5)
-
-
-def test_init_params_of_all_rows():
-    guide = dynamic_subsample(AutoNormal(one_latent))
-    svi = SVI(one_latent, guide, optax.sgd(0.1), Trace_ELBO())
-    state = svi.init(jax.random.key(0), 3, init_params={"z_auto_loc": X})
-    np.testing.assert_array_equal(svi.get_params(state)["z_auto_loc"], X)
-
-
 @pytest.mark.parametrize("whole_list_too", [False, True])
 def test_parts_wrapped_one_by_one_share_rows(whole_list_too):
     def model(size):
@@ -366,21 +348,115 @@ def test_parts_wrapped_one_by_one_share_rows(whole_list_too):
         assert a.sum() == size
 
 
-def test_first_call_of_a_joint_guide_with_a_sliced_batch():
-    inner = AutoDiagonalNormal(independent)
-    guide = dynamic_subsample(inner)
-    state = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(inner).items()}
-    for size in (1, 3):
-        with handlers.seed(rng_seed=0):
-            with pytest.raises(ValueError, match=r"plate 'n' \(size 8\).*svi.init"):
-                guide(X[:size])
-        assert vars(inner) == state
-    svi = SVI(independent, guide, optax.sgd(0.1), Trace_ELBO())
-    state = svi.init(jax.random.key(0), X)
-    with handlers.substitute(data={"n": jnp.arange(3)}):
-        assert jnp.isfinite(svi.update(state, X[:3])[1])
-
-
 def test_graph_objective_moves_the_batch_only():
     guide = dynamic_subsample(AutoNormal(one_latent))
     assert moved_rows(guide, "z_auto_loc", [3], loss=TraceGraph_ELBO()) == [3]
+
+
+def merged(auto):
+    return lambda x, rows: auto(x, rows)
+
+
+def list_with_a_function(auto):
+    guide = AutoGuideList(sliced_and_pinned)
+    guide.append(merged(auto))
+    return guide
+
+
+AROUND = {
+    "partial": lambda auto: partial(auto),
+    "function": merged,
+    "part of a list": list_with_a_function,
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_joint_guides_inside_of_functions(around):
+    guide = around(AutoDiagonalNormal(sliced_and_pinned, init_scale=1e-3))
+    guide = dynamic_subsample(guide, model=sliced_and_pinned)
+    found = trained(sliced_and_pinned, guide, False, "auto_loc")
+    np.testing.assert_allclose(found, TRUTH / 1.01, atol=1.0)
+
+
+def test_joint_guide_with_data_that_broadcast_over_another_plate():
+    def model(size):
+        with numpyro.plate("k", 3, dim=-1):
+            b = numpyro.sample("b", dist.Normal(0, 1))
+            with numpyro.plate("n", N, subsample_size=size, dim=-2) as idx:
+                z = numpyro.sample("z", dist.Normal(b, 1))
+                numpyro.sample("y", dist.Normal(z, 1), obs=X[idx][:, None])
+
+    guide = dynamic_subsample(AutoDiagonalNormal(model))
+    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    loss = jax.jit(lambda key: svi.update(svi.init(key, 4), 3)[1])(jax.random.key(0))
+    assert jnp.isfinite(loss)
+
+
+@pytest.mark.parametrize("form", [SVI, SubsampleSVI])
+def test_maximum_likelihood_without_latents(form):
+    def model(size):
+        loc = numpyro.param("loc", 0.0)
+        numpyro.deterministic("twice", 2 * loc)
+        with rows_plate(size) as idx:
+            numpyro.sample("y", dist.Normal(loc, 1), obs=X[idx])
+
+    guide = dynamic_subsample(AutoDelta(model))
+    svi = form(model, guide, optax.sgd(0.1), Trace_ELBO())
+    state = svi.init(jax.random.key(0), 4)
+    assert guide.median(svi.get_params(svi.update(state, 3)[0])) == {}
+
+
+def sized_by_the_guide(x):
+    """As numpyro_forecast does: the model asks for no size."""
+    with numpyro.plate("n", N) as idx:
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(z, 1), obs=x[idx])
+
+
+def three_rows(x):
+    return numpyro.plate("n", N, subsample_size=3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_create_plates_decides_where_the_model_asks_for_no_size(form):
+    def steps(served):
+        guide = AutoNormal(sized_by_the_guide, create_plates=three_rows)
+        guide = dynamic_subsample(guide) if served and form == "wrapper" else guide
+        svi = SVI(sized_by_the_guide, guide, optax.sgd(0.1), Trace_ELBO())
+        state = svi.init(jax.random.key(0), X)
+        state, loss = svi.update(state, X)
+        return svi.get_params(state), loss, guide.create_plates
+
+    theirs = steps(False)
+    with dynamic_subsample():
+        ours = steps(True)
+    for name in theirs[0]:
+        np.testing.assert_array_equal(ours[0][name], theirs[0][name])
+    assert ours[1:] == theirs[1:]
+
+
+def test_wrapped_guide_with_create_plates():
+    def create_plates(rows=3):
+        return numpyro.plate("n", 8, subsample_size=3)
+
+    guide = dynamic_subsample(AutoNormal(model, create_plates=create_plates))
+    with handlers.seed(rng_seed=0):
+        with pytest.raises(ValueError, match="has create_plates.*Leave create_plates"):
+            guide(rows=3)
+
+
+@pytest.mark.parametrize("cls", [AutoNormal, AutoDelta])
+def test_guide_with_plates_by_hand_is_left_alone_in_a_context(cls):
+    """Bit for bit as in NumPyro."""
+
+    def plates(y):
+        return numpyro.plate("n", N, subsample_size=len(y))
+
+    def steps():
+        svi = SVI(base, cls(base, create_plates=plates), optax.sgd(0.1), Trace_ELBO())
+        state = svi.init(jax.random.key(0), Y[:4])
+        return [jax.jit(svi.update)(state, Y[:size])[1] for size in (4, 3)]
+
+    theirs = steps()
+    with dynamic_subsample():
+        assert steps() == theirs

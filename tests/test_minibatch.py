@@ -18,12 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.scipy.stats import norm
 from numpyro.contrib.control_flow import scan
-from numpyro.infer import Trace_ELBO, init_to_sample
+from numpyro.infer import SVI, Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
 from checks import assert_close, told
 from models import Tensor, hierarchy
-from numpyro_dynamic_subsample import Minibatch, SubsampleSVI, minibatch
+from numpyro_dynamic_subsample import (
+    Minibatch,
+    SubsampleSVI,
+    dynamic_subsample,
+    minibatch,
+)
 
 ROWS = 12
 DATA = np.random.default_rng(0).normal(size=ROWS).astype("f4")
@@ -486,3 +491,11 @@ def test_plates_on_other_axes_share_one_compilation(model, make, loss_of, sizes)
 def test_order_of_the_plates_survives_jax():
     batch = minibatch(rows={"b": [0], "a": [0, 1]})
     assert list(jax.tree.map(jnp.asarray, batch).rows) == ["b", "a"]
+
+
+def test_minibatch_for_a_plain_svi():
+    batch = minibatch(X[ROWS], rows={"n": ROWS})
+    for guide in (AutoNormal(model), dynamic_subsample(AutoNormal(model))):
+        svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+        with pytest.raises(TypeError, match="Minibatch is not an array. SubsampleSVI"):
+            svi.init(jax.random.key(0), batch)

@@ -14,7 +14,11 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpyro import handlers
-from numpyro.infer import SVI, Predictive, Trace_ELBO
+from numpyro.infer import (
+    SVI,
+    Predictive,
+    Trace_ELBO,
+)
 from numpyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -24,8 +28,10 @@ from numpyro.infer.autoguide import (
     AutoSemiDAIS,
 )
 
-from models import N, X, guide_list, plate_of
-from numpyro_dynamic_subsample import dynamic_subsample
+from models import N, X, guide_list, one_latent, plate_of
+from numpyro_dynamic_subsample import (
+    dynamic_subsample,
+)
 
 ROWS = jnp.array([5, 2, 6])
 
@@ -316,3 +322,133 @@ print(peak() - before)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     kib = int(done.stdout.split()[-1])
     assert kib < 200_000
+
+
+def wants_value(x=None):
+    if x is None:
+        raise ValueError("need x")
+    one_latent(len(x))
+
+
+def wants_assertion(x=None):
+    assert x is not None
+    one_latent(len(x))
+
+
+def wants_keyword(**batch):
+    one_latent(len(batch["x"]))
+
+
+@pytest.mark.parametrize("model", [wants_value, wants_assertion, wants_keyword])
+def test_guide_without_the_arguments_that_the_model_wants(model):
+    svi = SVI(model, dynamic_subsample(AutoNormal(model)), optax.sgd(0.1), Trace_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(0), x=X[:3]))
+    drawn = Predictive(svi.guide, params=params, num_samples=2)(jax.random.key(0))
+    assert drawn["z"].shape == (2, N)
+
+
+def test_posterior_of_a_model_with_assertions():
+    def model(x, rows):
+        with plate_of(rows) as idx:
+            assert len(idx) == len(x)
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.deterministic("gap", z - x)
+            numpyro.sample("y", dist.Normal(z, 1), obs=x)
+
+    guide = dynamic_subsample(AutoNormal(model))
+    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(0), X[:3], jnp.arange(3)))
+    with pytest.warns(UserWarning, match=r"\['gap'\]"):
+        assert guide.median(params)["z"].shape == (N,)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::numpyro_dynamic_subsample.MisalignedSubsampleWarning"
+)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoDelta])
+def test_deterministic_sites_that_need_no_rows_are_kept(guide_class, form):
+    svi = svi_of(sliced, guide_class(sliced), form)
+    with dynamic_subsample():
+        state = svi.init(jax.random.key(0), X[:3])
+        params = svi.get_params(state)
+        with pytest.warns(UserWarning, match=r"\['gap', 'sum of z'\]: the model"):
+            drawn = svi.guide.sample_posterior(
+                jax.random.key(1), params, sample_shape=(2, 3)
+            )
+    assert drawn.keys() == {"mu", "z", "double mu"}
+    assert drawn["z"].shape == (2, 3, N)
+    np.testing.assert_allclose(drawn["double mu"], 2 * drawn["mu"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("first", [3, N])
+def test_guide_without_the_models_arguments_gives_all_rows(form, first):
+    svi = svi_of(one_latent, form=form)
+    with dynamic_subsample():
+        params = svi.get_params(svi.init(jax.random.key(0), first))
+        drawn = Predictive(svi.guide, params=params, num_samples=2)(jax.random.key(0))
+    assert drawn["z"].shape == (2, N)
+
+
+class OfAUser(AutoNormal):
+    def median(self, *args, **kwargs):
+        return super().median(*args, **kwargs)
+
+    def sample_posterior(self, key, params, sample_shape=()):
+        return super().sample_posterior(key, params, sample_shape=sample_shape)
+
+
+@pytest.mark.parametrize("wrap", [dynamic_subsample, lambda guide: guide])
+def test_posterior_methods_that_a_user_overrides(wrap):
+    guide = wrap(OfAUser(model))
+    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    with dynamic_subsample(), handlers.substitute(data={"n": jnp.asarray(ROWS)}):
+        params = svi.get_params(svi.init(jax.random.key(0), X[ROWS]))
+    with dynamic_subsample():
+        assert guide.median(params)["z"].shape == (N,)
+        drawn = guide.sample_posterior(jax.random.key(0), params, sample_shape=(2,))
+    assert drawn["z"].shape == (2, N)
+
+
+POSTERIOR_GUIDES = [AutoNormal, AutoDelta, AutoMultivariateNormal]
+
+
+def initialised(guide_class, rows, form):
+    guide = guide_class(doubling)
+    rows = jnp.array(rows)
+    with contexts(form), handlers.seed(rng_seed=0), handlers.trace() as sites:
+        (dynamic_subsample(guide) if form.wrap else guide)(jnp.asarray(X)[rows], rows)
+    params = {n: s["value"] for n, s in sites.items() if s["type"] == "param"}
+    of_rows = {"auto_loc": LOC, "z_auto_loc": LOC}
+    params = {n: jnp.asarray(of_rows.get(n, v)) for n, v in params.items()}
+    return dynamic_subsample(guide) if form.wrap else guide, params
+
+
+@pytest.mark.parametrize("form", ["wrapper", "context"])
+@pytest.mark.parametrize("guide_class", POSTERIOR_GUIDES)
+@pytest.mark.parametrize("kind", ["shuffled", "with replacement"])
+def test_posterior_for_a_full_batch_of_any_order(guide_class, form, kind):
+    guide, params = initialised(guide_class, range(N), FORMS[form])
+    rows = jnp.array(BATCHES[kind])
+    with contexts(FORMS[form]):
+        key = jax.random.key(0)
+        drawn = guide.sample_posterior(key, params, jnp.asarray(X)[rows], rows)
+    expected = (drawn["z"] - X)[rows]
+    np.testing.assert_allclose(drawn["sliced"], expected)
+    np.testing.assert_allclose(drawn["indexed"], expected)
+
+
+@pytest.mark.parametrize("form", ["wrapper", "context"])
+@pytest.mark.parametrize("guide_class", POSTERIOR_GUIDES)
+def test_first_call_with_all_rows_in_another_order(guide_class, form):
+    """Its data do not line up with the plate's order, and are left out."""
+    guide, params = initialised(guide_class, BATCHES["shuffled"], FORMS[form])
+    with contexts(FORMS[form]):
+        methods = {"sample_posterior": (jax.random.key(0), params)}
+        if guide_class is not AutoDelta:
+            methods |= {"median": (params,), "quantiles": (params, [0.5])}
+        for method, args in methods.items():
+            left_out = r"'indexed'.*\['n'\] have another order"
+            with pytest.warns(UserWarning, match=left_out):
+                assert getattr(guide, method)(*args).keys() == {"z"}

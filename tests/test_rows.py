@@ -30,45 +30,12 @@ from models import (
 )
 from numpyro_dynamic_subsample import dynamic_subsample
 
-pinned_indexing = partial(indexing, make=pinned_plate)
-pinned_subsampling = partial(subsampling, make=pinned_plate)
-MODELS = {
-    "indexes": pinned_indexing,
-    "sliced": sliced_and_pinned,
-    "subsamples": pinned_subsampling,
-}
 
 
-def shuffled_batches(steps):
-    rng = np.random.default_rng(0)
-    for step in range(steps):
-        rows = rng.permutation(N)
-        rows = jnp.asarray(rows if step % 2 else rows[: N // 2])
-        yield TRUTH[rows], rows
 
 
-def fit(model, guide, steps=400):
-    """Train on shuffled batches, every second of them the whole plate."""
-    optim = optax.adam(optax.exponential_decay(0.5, steps, 1e-3))
-    svi = SVI(model, guide, optim, Trace_ELBO())
-    update = jax.jit(svi.update)
-    batches = shuffled_batches(steps)
-    state = svi.init(jax.random.key(0), *next(batches))
-    for batch in batches:
-        state, _ = update(state, *batch)
-    return svi.get_params(state)
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_posterior_of_every_row(model):
-    """Hand-written plates leave a shuffled full batch in its original order, so that
-    latents are trained on other rows' data there."""
-    # A wrapped guide alone cannot make the model take a shuffled `numpyro.subsample`.
-    with dynamic_subsample() if model is pinned_subsampling else nullcontext():
-        params = fit(model, dynamic_subsample(AutoNormal(model)), steps=1500)
-    exact_mean, exact_sd = TRUTH / 1.01, (1 / 1.01) ** 0.5
-    np.testing.assert_allclose(params["z_auto_loc"], exact_mean, atol=0.2)
-    np.testing.assert_allclose(params["z_auto_scale"], exact_sd, atol=0.1)
 
 
 def two_parts(model):
@@ -108,11 +75,6 @@ def test_parts_of_a_list_share_their_rows(parts):
         np.testing.assert_array_equal(a, z)
 
 
-def test_list_recovers_every_row():
-    model = partial(two_latents, make=pinned_plate)
-    params = fit(model, dynamic_subsample(two_parts(model)))
-    np.testing.assert_allclose(params["a_auto_loc"], TRUTH / 1.01, atol=0.02)
-    np.testing.assert_allclose(params["z_auto_loc"], -TRUTH / 1.01, atol=0.02)
 
 
 ROWS = [jnp.array([6, 1, 3]), jnp.array([2]), jnp.arange(N)[::-1]]

@@ -22,10 +22,8 @@ from numpyro.infer import (
     TraceMeanField_ELBO,
 )
 from numpyro.infer.autoguide import (
-    AutoDAIS,
     AutoDelta,
     AutoDiagonalNormal,
-    AutoLaplaceApproximation,
     AutoMultivariateNormal,
     AutoNormal,
 )
@@ -290,60 +288,6 @@ def test_predictive_pairs_rows_with_their_own(given, nested, kind):
 
 
 # ------------------------------------------------------------------ posterior methods
-
-POSTERIOR_GUIDES = [AutoNormal, AutoDelta, AutoMultivariateNormal]
-
-
-def initialised(guide_class, rows, form):
-    guide = guide_class(doubling)
-    rows = jnp.array(rows)
-    with contexts(form), handlers.seed(rng_seed=0), handlers.trace() as sites:
-        (dynamic_subsample(guide) if form.wrap else guide)(jnp.asarray(X)[rows], rows)
-    params = {n: s["value"] for n, s in sites.items() if s["type"] == "param"}
-    of_rows = {"auto_loc": LOC, "z_auto_loc": LOC}
-    params = {n: jnp.asarray(of_rows.get(n, v)) for n, v in params.items()}
-    return dynamic_subsample(guide) if form.wrap else guide, params
-
-
-@pytest.mark.parametrize("form", ["wrapper", "context"])
-@pytest.mark.parametrize("guide_class", POSTERIOR_GUIDES)
-@pytest.mark.parametrize("kind", ["shuffled", "with replacement"])
-def test_posterior_for_a_full_batch_of_any_order(guide_class, form, kind):
-    guide, params = initialised(guide_class, range(N), FORMS[form])
-    rows = jnp.array(BATCHES[kind])
-    with contexts(FORMS[form]):
-        key = jax.random.key(0)
-        drawn = guide.sample_posterior(key, params, jnp.asarray(X)[rows], rows)
-    expected = (drawn["z"] - X)[rows]
-    np.testing.assert_allclose(drawn["sliced"], expected)
-    np.testing.assert_allclose(drawn["indexed"], expected)
-
-
-@pytest.mark.parametrize("form", ["wrapper", "context"])
-@pytest.mark.parametrize("guide_class", POSTERIOR_GUIDES)
-def test_first_call_with_all_rows_in_another_order(guide_class, form):
-    """Its data do not line up with the plate's order, and are left out."""
-    guide, params = initialised(guide_class, BATCHES["shuffled"], FORMS[form])
-    with contexts(FORMS[form]):
-        methods = {"sample_posterior": (jax.random.key(0), params)}
-        if guide_class is not AutoDelta:
-            methods |= {"median": (params,), "quantiles": (params, [0.5])}
-        for method, args in methods.items():
-            left_out = r"'indexed'.*\['n'\] have another order"
-            with pytest.warns(UserWarning, match=left_out):
-                assert getattr(guide, method)(*args).keys() == {"z"}
-
-
-@pytest.mark.parametrize("guide_class", [AutoLaplaceApproximation, AutoDAIS])
-@pytest.mark.parametrize("by", ["model", "handler"])
-def test_first_data_that_a_guide_keeps_must_be_in_order(guide_class, by):
-    rows = jnp.array(BATCHES["shuffled"])
-    guide = dynamic_subsample(guide_class(doubling))
-    pins = handlers.substitute(data={} if by == "model" else {"n": rows})
-    message = rf"{guide_class.__name__} takes.*plate 'n' \(size 6\).*arange\(6\)"
-    with pins, handlers.seed(rng_seed=0), pytest.raises(ValueError, match=message):
-        guide(jnp.asarray(X)[rows], rows, by == "model")
-    assert guide.prototype_trace is None
 
 
 # ------------------------------------------------------------------ a wrapper alone

@@ -1,0 +1,476 @@
+"""Warnings, by data flow, where latents may meet the data of other rows."""
+
+import copy
+import gc
+import warnings
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro import handlers
+from numpyro.infer import (
+    SVI,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+)
+from numpyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoNormal,
+    AutoSemiDAIS,
+)
+
+from checks import told
+from models import (
+    TRUTH,
+    N,
+    X,
+    hierarchy,
+    indexing,
+    latent_and_obs,
+    pinned_plate,
+    plate,
+    rows_plate,
+    sliced,
+    sliced_and_pinned,
+    subsampling,
+)
+from numpyro_dynamic_subsample import (
+    MisalignedSubsampleWarning,
+    SubsampleSVI,
+    UnscaledSubsampleWarning,
+    dynamic_subsample,
+    minibatch,
+)
+from numpyro_dynamic_subsample.effect import data_flow
+
+B = 4
+
+
+def svi_of(model, guide, loss=None, svi_class=SVI):
+    # With these steps half of a latent's error goes each time that it is in a batch.
+    return svi_class(model, guide, optax.sgd(0.25), loss or Trace_ELBO())
+
+
+def init(svi, x=TRUTH[:B], rows=None, **keywords):
+    rows = jnp.arange(len(x)) if rows is None else rows
+    return svi.init(jax.random.key(0), x, rows, **keywords)
+
+
+def warned():
+    return pytest.warns(MisalignedSubsampleWarning)
+
+
+def covariates_only(x, rows):
+    """The data are in a distribution's parameters, and all else is the same."""
+    with plate(x, rows) as idx:
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.sample("y", dist.Normal(z - TRUTH[idx], 1), obs=0.0)
+
+
+def without_data(x, rows):
+    with plate(x, rows):
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.factor("f", -(z**2))
+
+
+def data_elsewhere(x, rows):
+    with plate(x, rows):
+        numpyro.sample("z", dist.Normal(0, 10))
+    numpyro.sample("y", dist.Normal(0, 1), obs=1.0)
+
+
+def of_global(x, rows):
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    with plate(x, rows):
+        numpyro.sample("y", dist.Normal(mu, 1), obs=x)
+
+
+def amortised(x, rows):
+    w = numpyro.param("w", 1.0)
+    with plate(x, rows):
+        numpyro.sample("z", dist.Normal(w * x, 1))
+
+
+def unaligned(model):
+    """How many warnings the first two calls give, eager and traced."""
+    guide = amortised if model is sliced else AutoNormal(model)
+    svi = svi_of(model, dynamic_subsample(guide, model=model))
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        state = init(svi)
+        jax.eval_shape(svi.update, state, TRUTH[:B], jnp.arange(B))
+    return [w.category for w in given]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        indexing,
+        subsampling,
+        covariates_only,
+        without_data,
+        data_elsewhere,
+        of_global,
+        sliced,
+        sliced_and_pinned,
+    ],
+)
+def test_no_false_alarm(model):
+    assert unaligned(model) == []
+
+
+def test_no_false_alarm_for_full_size_or_pins_around():
+    svi = svi_of(sliced, dynamic_subsample(AutoNormal(sliced)))
+    init(svi, TRUTH)
+    with handlers.substitute(data={"n": jnp.arange(B)}):
+        init(svi)
+    # Only now are rows drawn.
+    with warned():
+        init(svi)
+
+
+def param_per_row(x, rows):
+    """A parameter of the model follows the rows, and the data do not."""
+    with plate(x, rows):
+        bias = numpyro.param("bias", jnp.zeros(N), event_dim=0)
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.sample("y", dist.Normal(z + bias, 1), obs=x)
+
+
+def factor_of_data(x, rows):
+    with plate(x, rows):
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.factor("y", -((z - x) ** 2))
+
+
+@pytest.mark.parametrize("model", [param_per_row, factor_of_data])
+def test_data_that_do_not_follow(model):
+    assert unaligned(model) == [MisalignedSubsampleWarning]
+
+
+def indexed_by_hand(x, rows):
+    loc = numpyro.param("loc", jnp.zeros(N))
+    with plate(x, rows) as idx:
+        numpyro.sample("z", dist.Normal(loc[idx], 1))
+
+
+def semi_dais(model):
+    return AutoSemiDAIS(model, model, None, None)
+
+
+GUIDES = [AutoNormal, AutoDiagonalNormal, semi_dais, lambda model: indexed_by_hand]
+
+
+@pytest.mark.parametrize("make", GUIDES)
+def test_guides_with_parameters_per_row(make):
+    guide = dynamic_subsample(make(sliced), model=sliced)
+    svi = svi_of(sliced, guide)
+    # A joint guide makes its first call at full size.
+    init(svi, TRUTH)
+    with warned() as given:
+        init(svi)
+        init(svi)
+    (message,) = (str(w.message) for w in given)
+    for part in ("Plate 'n' draws 4 of its 8 rows", "['z']", "x[idx]", "rows={'n'"):
+        assert part in message
+
+
+@pytest.mark.parametrize("pins", [{}, {"n": jnp.arange(B)}], ids=["drawn", "pinned"])
+def test_guides_served_one_by_one(pins):
+    def model(x, rows):
+        with plate(x, rows):
+            latent_and_obs(x, "a")
+            latent_and_obs(x, "z")
+
+    parts = [
+        AutoDelta(handlers.block(model, hide=["z", "y_z"]), prefix="a_auto"),
+        AutoDelta(handlers.block(model, hide=["a", "y_a"]), prefix="z_auto"),
+    ]
+
+    def guide(x, rows):
+        for part in parts:
+            part(x, rows)
+
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        with handlers.substitute(data=pins), dynamic_subsample():
+            init(svi_of(model, guide))
+    latents = [name for w in given for name in "az" if f"['{name}']" in str(w.message)]
+    assert latents == ([] if pins else ["a", "z"])
+
+
+def test_error_instead_of_warning_stays_one():
+    svi = svi_of(sliced, dynamic_subsample(AutoNormal(sliced)))
+    for _ in range(2):
+        with pytest.raises(MisalignedSubsampleWarning):
+            init(svi)
+
+
+def test_copies_are_guides_of_their_own_and_none_is_kept():
+    before = len(data_flow._looked_at)
+    guide = dynamic_subsample(AutoNormal(sliced))
+    with warned():
+        init(svi_of(sliced, guide))
+    other = copy.deepcopy(guide)
+    with warned():
+        init(svi_of(sliced, other))
+    init(svi_of(sliced, guide))
+    del guide, other
+    gc.collect()
+    assert len(data_flow._looked_at) <= before
+
+
+def test_model_that_needs_concrete_values_is_left_alone():
+    def model(x, rows):
+        if x.sum() > 0:
+            sliced(x, rows)
+
+    svi = svi_of(model, dynamic_subsample(AutoNormal(model)))
+    init(svi)
+
+
+def discrete(x, rows):
+    with plate(x, rows) as idx:
+        k = numpyro.sample("k", dist.Bernoulli(0.5))
+        numpyro.sample("y", dist.Normal(k, 1), obs=TRUTH[idx])
+
+
+def guide_of_discrete(x, rows):
+    with plate(x, rows):
+        logits = numpyro.param("logits", jnp.zeros(N), event_dim=0)
+        numpyro.sample("k", dist.Bernoulli(logits=logits))
+
+
+def test_score_function_in_a_subsampled_plate():
+    def guide(x, rows):
+        guide_of_discrete(x, rows)
+
+    svi = svi_of(discrete, guide, TraceGraph_ELBO(), SubsampleSVI)
+    init(svi, TRUTH)
+    with pytest.warns(UserWarning, match=r"'n', 8 / 4, twice .* site 'k'") as given:
+        state = init(svi)
+        jax.eval_shape(svi.update, state, TRUTH[:B], jnp.arange(B))
+    assert len(given) == 1
+    enumerated = TraceEnum_ELBO(max_plate_nesting=1)
+    init(svi_of(discrete, guide_of_discrete, enumerated, SubsampleSVI))
+    init(svi_of(indexing, AutoNormal(indexing), TraceGraph_ELBO(), SubsampleSVI))
+
+
+def test_constant_observations_are_no_data_of_other_rows():
+    def model(size):
+        with rows_plate(size) as idx:
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=jnp.zeros(len(idx)))
+
+    svi_of(model).init(jax.random.key(0), 4)
+
+
+def test_warnings_are_not_lost():
+    guide = copy.deepcopy(dynamic_subsample(AutoNormal(sliced)))
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        svi_of(sliced, guide).init(jax.random.key(0), X[:3])
+    assert len(given) == 1
+
+
+X = np.arange(8.0)
+
+
+ROWS = np.array([5, 0, 3])
+
+
+model = hierarchy()
+
+
+def of_groups(around, size=3):
+    """Ratings that belong to the groups of a batch, with some handler around."""
+
+    def model(group, y, groups):
+        with numpyro.plate("groups", N, subsample_size=size):
+            a = numpyro.sample("a", dist.Normal(0, 1))
+        with around(groups):
+            numpyro.sample("y", dist.Normal(a[group], 1), obs=y)
+
+    return model
+
+
+def plate_of_batch(groups):
+    return numpyro.plate("ratings", 5)
+
+
+def scaled_by(scale):
+    return lambda groups: handlers.scale(scale=scale(groups))
+
+
+def own_plate(groups):
+    return numpyro.plate("ratings", 20, subsample_size=5)
+
+
+GROUP, Y = jnp.array([0, 0, 1, 2, 2]), jnp.ones(5)
+
+
+def warnings_of(model, count=None, size=3):
+    guide = AutoDelta(handlers.block(model, hide=["y"]))
+    svi = SubsampleSVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    rows = {"groups": jnp.arange(size)}
+    counts = None if count is None else {"groups": count}
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            svi.init(
+                jax.random.key(0),
+                told(GROUP, Y, jnp.array(3), rows=rows, counts=counts),
+            )
+    found = [w for w in given if w.category is UnscaledSubsampleWarning]
+    return [str(warning.message) for warning in found]
+
+
+def test_data_of_groups_without_a_scale():
+    (message,) = warnings_of(of_groups(plate_of_batch))
+    scale = "handlers.scale(scale=8 / count)"
+    for part in ("'y'", "'groups'", "3 of its 8 rows", scale):
+        assert part in message
+
+
+def test_scale_that_cannot_follow_the_count():
+    constant = of_groups(scaled_by(lambda groups: 8 / 3))
+    assert warnings_of(constant) == []
+    (message,) = warnings_of(constant, count=2)
+    assert "constant scale, which cannot follow the count" in message
+
+
+SCALED = {
+    "by the groups": (scaled_by(lambda groups: 8 / groups), 3),
+    "a subsampled plate of its own": (own_plate, 3),
+    "all groups": (plate_of_batch, N),
+}
+
+
+@pytest.mark.parametrize(("around", "size"), SCALED.values(), ids=SCALED)
+def test_scaled_data_give_no_warning(around, size):
+    assert warnings_of(of_groups(around, size), size=size) == []
+    if size < N:
+        assert warnings_of(of_groups(around, size), count=2, size=size) == []
+
+
+def test_factor_without_data_gives_no_warning():
+    def model(group, y, groups):
+        with numpyro.plate("groups", N, subsample_size=3):
+            a = numpyro.sample("a", dist.Normal(0, 1))
+        numpyro.factor("f", a.sum())
+
+    assert warnings_of(model) == []
+
+
+def predicting(x, rows=None):
+    with plate(x, rows) if rows is None else pinned_plate(x, rows):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(z + x, 1))
+
+
+SAMPLES = {"z": jnp.zeros((2, N))}
+
+
+def test_samples_of_rows_that_the_plate_draws():
+    message = r"'n' draws 3 of its 8 rows, and Predictive takes its latents \['z'\]"
+    with dynamic_subsample():
+        with pytest.warns(MisalignedSubsampleWarning, match=message):
+            Predictive(predicting, SAMPLES)(jax.random.key(0), X[:3])
+
+
+def test_samples_of_rows_that_the_plate_draws_without_data():
+    def latents_only(size):
+        with plate(X[:size], None):
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("w", dist.Normal(z, 1))
+
+    with dynamic_subsample(), pytest.warns(MisalignedSubsampleWarning):
+        Predictive(latents_only, SAMPLES)(jax.random.key(0), 3)
+
+
+def test_guide_that_is_masked_in_training_is_no_prediction():
+    def indexing(size):
+        with numpyro.plate("n", N, subsample_size=size) as idx:
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=jnp.asarray(X)[idx])
+
+    guide = AutoNormal(indexing)
+    masked = handlers.mask(guide, mask=False)
+    svi = SVI(indexing, masked, optax.sgd(0.1), Trace_ELBO())
+    with dynamic_subsample():
+        svi.init(jax.random.key(0), 3)
+
+
+def test_samples_of_rows_that_are_pinned_or_indexed_or_all():
+    def indexing(size):
+        with numpyro.plate("n", N, subsample_size=size) as idx:
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z + jnp.asarray(X)[idx], 1))
+
+    with dynamic_subsample():
+        Predictive(predicting, SAMPLES)(jax.random.key(0), X[:3], jnp.asarray(ROWS))
+        Predictive(predicting, SAMPLES)(jax.random.key(0), X)
+        Predictive(indexing, SAMPLES)(jax.random.key(0), 3)
+
+
+def test_samples_of_rows_beyond_the_plate():
+    message = r"plate 'n' \(size 8\) run from 0 to 9"
+    with dynamic_subsample(), pytest.raises(ValueError, match=message):
+        rows = jnp.array([0, 9, 1])
+        Predictive(predicting, SAMPLES)(jax.random.key(0), X[:3], rows)
+
+
+@pytest.mark.parametrize("how", ["eager", "jit", "fit"])
+def test_warnings_stand_at_the_users_line(how):
+    svi = SubsampleSVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        if how == "fit":
+            svi.fit(jax.random.key(0), [X[:3]], 1, progress_bar=False)
+        elif how == "eager":
+            svi.init(jax.random.key(0), X[:3])
+        else:
+            jax.jit(svi.init)(jax.random.key(0), X[:3])
+    places = {w.filename for w in given if w.category is MisalignedSubsampleWarning}
+    assert places == {__file__}
+
+
+def of_stars(around):
+    def model(y):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.plate("stars", N, subsample_size=len(y)):
+            z = numpyro.sample("z", dist.Normal(mu, 1))
+        with around(y):
+            numpyro.factor("f", dist.Normal(z, 0.5).log_prob(y).sum())
+
+    return model
+
+
+def factor_warnings(model, capacity=None):
+    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO())
+    batch = minibatch(X[ROWS], rows={"stars": ROWS}, capacity=capacity)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        svi.init(jax.random.key(0), batch)
+    return [str(w.message) for w in given if w.category is UnscaledSubsampleWarning]
+
+
+def test_factor_of_data_outside_of_the_plate():
+    (message,) = factor_warnings(of_stars(lambda y: nullcontext()))
+    assert "Factor 'f' depends on latents of plate 'stars'" in message
+    assert "Move it into the plate, or scale it with handlers.scale" in message
+    scaled = of_stars(lambda y: handlers.scale(scale=N / len(y)))
+    assert factor_warnings(scaled) == []
+    # A context around the step knows nothing of padding.
+    for around in (nullcontext(), dynamic_subsample()):
+        with around:
+            (message,) = factor_warnings(scaled, capacity=5)
+        assert "sums over its rows, those of the padding too" in message
