@@ -12,7 +12,7 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoGuideList, AutoNormal
+from numpyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
 
 from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample
 
@@ -44,7 +44,9 @@ def guide_list(model, parts, *, hide=(), **options):
 def svi_of(model, guide=AutoNormal, form="wrapper", loss=None, optim=None, **options):
     """With a wrapped guide, `SubsampleSVI`, or neither, for a context around."""
     guide = guide(model) if isinstance(guide, type) else guide
-    guide = dynamic_subsample(guide, model=model) if form == "wrapper" else guide
+    if form == "wrapper":
+        of_guide = None if isinstance(guide, AutoGuide) else model
+        guide = dynamic_subsample(guide, model=of_guide)
     svi = SubsampleSVI if form == "SubsampleSVI" else SVI
     return svi(model, guide, optim or optax.sgd(0.1), loss or Trace_ELBO(), **options)
 

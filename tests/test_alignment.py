@@ -16,9 +16,7 @@ import optax
 import pytest
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
-from numpyro.infer.autoguide import (
-    AutoDelta,
-)
+from numpyro.infer.autoguide import AutoDelta
 
 from checks import told
 from models import (

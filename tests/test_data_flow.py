@@ -10,16 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import optax
 import pytest
 from numpyro import handlers
-from numpyro.infer import (
-    SVI,
-    Predictive,
-    Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-)
+from numpyro.infer import Predictive, TraceEnum_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -41,10 +34,10 @@ from models import (
     sliced,
     sliced_and_pinned,
     subsampling,
+    svi_of,
 )
 from numpyro_dynamic_subsample import (
     MisalignedSubsampleWarning,
-    SubsampleSVI,
     UnscaledSubsampleWarning,
     dynamic_subsample,
     minibatch,
@@ -52,11 +45,6 @@ from numpyro_dynamic_subsample import (
 from numpyro_dynamic_subsample.effect import data_flow
 
 B = 4
-
-
-def svi_of(model, guide, loss=None, svi_class=SVI):
-    # With these steps half of a latent's error goes each time that it is in a batch.
-    return svi_class(model, guide, optax.sgd(0.25), loss or Trace_ELBO())
 
 
 def init(svi, x=TRUTH[:B], rows=None, **keywords):
@@ -102,7 +90,7 @@ def amortised(x, rows):
 def unaligned(model):
     """How many warnings the first two calls give, eager and traced."""
     guide = amortised if model is sliced else AutoNormal(model)
-    svi = svi_of(model, dynamic_subsample(guide, model=model))
+    svi = svi_of(model, guide)
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         state = init(svi)
@@ -128,7 +116,7 @@ def test_no_false_alarm(model):
 
 
 def test_no_false_alarm_for_full_size_or_pins_around():
-    svi = svi_of(sliced, dynamic_subsample(AutoNormal(sliced)))
+    svi = svi_of(sliced, AutoNormal)
     init(svi, TRUTH)
     with handlers.substitute(data={"n": jnp.arange(B)}):
         init(svi)
@@ -171,8 +159,7 @@ GUIDES = [AutoNormal, AutoDiagonalNormal, semi_dais, lambda model: indexed_by_ha
 
 @pytest.mark.parametrize("make", GUIDES)
 def test_guides_with_parameters_per_row(make):
-    guide = dynamic_subsample(make(sliced), model=sliced)
-    svi = svi_of(sliced, guide)
+    svi = svi_of(sliced, make(sliced))
     # A joint guide makes its first call at full size.
     init(svi, TRUTH)
     with warned() as given:
@@ -202,13 +189,13 @@ def test_guides_served_one_by_one(pins):
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         with handlers.substitute(data=pins), dynamic_subsample():
-            init(svi_of(model, guide))
+            init(svi_of(model, guide, "context"))
     latents = [name for w in given for name in "az" if f"['{name}']" in str(w.message)]
     assert latents == ([] if pins else ["a", "z"])
 
 
 def test_error_instead_of_warning_stays_one():
-    svi = svi_of(sliced, dynamic_subsample(AutoNormal(sliced)))
+    svi = svi_of(sliced, AutoNormal)
     for _ in range(2):
         with pytest.raises(MisalignedSubsampleWarning):
             init(svi)
@@ -217,12 +204,13 @@ def test_error_instead_of_warning_stays_one():
 def test_copies_are_guides_of_their_own_and_none_is_kept():
     before = len(data_flow._looked_at)
     guide = dynamic_subsample(AutoNormal(sliced))
-    with warned():
-        init(svi_of(sliced, guide))
     other = copy.deepcopy(guide)
-    with warned():
-        init(svi_of(sliced, other))
-    init(svi_of(sliced, guide))
+    for own in (guide, other):
+        with warned() as given:
+            init(svi_of(sliced, own))
+            init(svi_of(sliced, own))
+        assert len(given) == 1
+    del own
     del guide, other
     gc.collect()
     assert len(data_flow._looked_at) <= before
@@ -233,7 +221,7 @@ def test_model_that_needs_concrete_values_is_left_alone():
         if x.sum() > 0:
             sliced(x, rows)
 
-    svi = svi_of(model, dynamic_subsample(AutoNormal(model)))
+    svi = svi_of(model, AutoNormal)
     init(svi)
 
 
@@ -253,15 +241,15 @@ def test_score_function_in_a_subsampled_plate():
     def guide(x, rows):
         guide_of_discrete(x, rows)
 
-    svi = svi_of(discrete, guide, TraceGraph_ELBO(), SubsampleSVI)
+    svi = svi_of(discrete, guide, "SubsampleSVI", TraceGraph_ELBO())
     init(svi, TRUTH)
     with pytest.warns(UserWarning, match=r"'n', 8 / 4, twice .* site 'k'") as given:
         state = init(svi)
         jax.eval_shape(svi.update, state, TRUTH[:B], jnp.arange(B))
     assert len(given) == 1
     enumerated = TraceEnum_ELBO(max_plate_nesting=1)
-    init(svi_of(discrete, guide_of_discrete, enumerated, SubsampleSVI))
-    init(svi_of(indexing, AutoNormal(indexing), TraceGraph_ELBO(), SubsampleSVI))
+    init(svi_of(discrete, guide_of_discrete, "SubsampleSVI", enumerated))
+    init(svi_of(indexing, AutoNormal, "SubsampleSVI", TraceGraph_ELBO()))
 
 
 def test_constant_observations_are_no_data_of_other_rows():
@@ -273,21 +261,7 @@ def test_constant_observations_are_no_data_of_other_rows():
     svi_of(model).init(jax.random.key(0), 4)
 
 
-def test_warnings_are_not_lost():
-    guide = copy.deepcopy(dynamic_subsample(AutoNormal(sliced)))
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
-        svi_of(sliced, guide).init(jax.random.key(0), X[:3])
-    assert len(given) == 1
-
-
-X = np.arange(8.0)
-
-
 ROWS = np.array([5, 0, 3])
-
-
-model = hierarchy()
 
 
 def of_groups(around, size=3):
@@ -319,16 +293,14 @@ GROUP, Y = jnp.array([0, 0, 1, 2, 2]), jnp.ones(5)
 
 def warnings_of(model, count=None, size=3):
     guide = AutoDelta(handlers.block(model, hide=["y"]))
-    svi = SubsampleSVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(model, guide, "SubsampleSVI")
     rows = {"groups": jnp.arange(size)}
     counts = None if count is None else {"groups": count}
+    batch = told(GROUP, Y, jnp.array(3), rows=rows, counts=counts)
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         for _ in range(2):
-            svi.init(
-                jax.random.key(0),
-                told(GROUP, Y, jnp.array(3), rows=rows, counts=counts),
-            )
+            svi.init(jax.random.key(0), batch)
     found = [w for w in given if w.category is UnscaledSubsampleWarning]
     return [str(warning.message) for warning in found]
 
@@ -402,9 +374,8 @@ def test_guide_that_is_masked_in_training_is_no_prediction():
             z = numpyro.sample("z", dist.Normal(0, 1))
             numpyro.sample("y", dist.Normal(z, 1), obs=jnp.asarray(X)[idx])
 
-    guide = AutoNormal(indexing)
-    masked = handlers.mask(guide, mask=False)
-    svi = SVI(indexing, masked, optax.sgd(0.1), Trace_ELBO())
+    masked = handlers.mask(AutoNormal(indexing), mask=False)
+    svi = svi_of(indexing, masked, "context")
     with dynamic_subsample():
         svi.init(jax.random.key(0), 3)
 
@@ -430,7 +401,7 @@ def test_samples_of_rows_beyond_the_plate():
 
 @pytest.mark.parametrize("how", ["eager", "jit", "fit"])
 def test_warnings_stand_at_the_users_line(how):
-    svi = SubsampleSVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(hierarchy(), form="SubsampleSVI")
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         if how == "fit":
@@ -455,7 +426,7 @@ def of_stars(around):
 
 
 def factor_warnings(model, capacity=None):
-    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(model, AutoDelta, "SubsampleSVI")
     batch = minibatch(X[ROWS], rows={"stars": ROWS}, capacity=capacity)
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")

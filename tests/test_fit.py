@@ -436,14 +436,12 @@ def test_iterator_for_one_epoch():
 
 
 @pytest.mark.parametrize("what", ["batches", "validation"])
-def test_what_is_no_loader(fitted, what):
-    batches = {"batches": [batch({"people": np.arange(3)})]} | {what: 3}
+def test_what_is_no_loader(what):
     with pytest.raises(ValueError, match=f"{what} must be a list .*, not int"):
-        fitted[0].fit(KEY, **batches, progress_bar=False)
+        quiet(svi_of(mean), **({"batches": batches} | {what: 3}))
 
 
 def test_plain_loader_is_told_of_minibatch():
-    svi = SubsampleSVI(people, AutoNormal(people), optax.sgd(0.1), Trace_ELBO())
-    message = r"pin the rows that it holds: minibatch\(..., rows={'people': rows}\)"
+    message = r"pin the rows that it holds: minibatch\(..., rows={'rows': rows}\)"
     with pytest.warns(MisalignedSubsampleWarning, match=message):
-        svi.fit(KEY, [Y[:4], Y[4:]], progress_bar=False)
+        quiet(svi_of(), [DATA[:4], DATA[4:8]])

@@ -15,12 +15,7 @@ from numpyro.contrib.control_flow import cond
 from numpyro.contrib.einstein import RBFKernel, SteinVI
 from numpyro.contrib.funsor import config_enumerate
 from numpyro.contrib.module import flax_module, random_flax_module
-from numpyro.infer import (
-    SVI,
-    Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-)
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import (
     AutoContinuous,
     AutoDelta,
@@ -33,36 +28,15 @@ from numpyro.infer.autoguide import (
 )
 from numpyro.infer.reparam import LocScaleReparam
 
-from checks import assert_same_mean
-from models import (
-    TRUTH,
-    N,
-    X,
-    local,
-    one_latent,
-    rows_plate,
-    sliced_and_pinned,
-)
-from numpyro_dynamic_subsample import (
-    SubsampleSVI,
-    dynamic_subsample,
-)
+from checks import assert_equal, assert_same_mean
+from models import N, X, local, one_latent, rows_moved, rows_plate, svi_of
+from numpyro_dynamic_subsample import dynamic_subsample
 
 
 def losses(svi, state, size, draws=1000, **kwargs):
     keys = jax.random.split(jax.random.key(5), draws)
     evaluate = jax.vmap(lambda k: svi.evaluate(state._replace(rng_key=k), size))
     return np.asarray(jax.jit(evaluate)(keys), float)
-
-
-def moved_rows(guide, name, sizes, *, model=one_latent, first=4, loss=None):
-    """How many rows a step at each size moves, after a first call at another."""
-    svi = SVI(model, guide, optax.sgd(0.1), loss or Trace_ELBO())
-    state = svi.init(jax.random.key(0), first)
-    before = svi.get_params(state)[name]
-    update = jax.jit(svi.update, static_argnums=1)
-    after = [svi.get_params(update(state, size)[0])[name] for size in sizes]
-    return [int((a != before).sum()) for a in after]
 
 
 def test_multivariate_normal_recovers_the_exact_posterior_from_batches():
@@ -183,8 +157,9 @@ def test_multi_sample_guide():
             numpyro.sample("z", dist.Normal(loc, 1).expand_by([7]).mask(True))
 
     loss = Trace_ELBO(multi_sample_guide=True)
-    guide = dynamic_subsample(guide, model=local)
-    assert moved_rows(guide, "loc", [1, 5, N], model=local, loss=loss) == [1, 5, N]
+    svi = svi_of(local, guide, loss=loss)
+    state = svi.init(jax.random.key(0), 4)
+    assert [len(rows_moved(svi, state, n, name="loc")) for n in (1, N)] == [1, N]
 
 
 @pytest.mark.filterwarnings("ignore:Found auxiliary vars in the model:UserWarning")
@@ -285,8 +260,9 @@ def test_plate_under_cond():
         with handlers.scale(scale=N / len(idx)):
             numpyro.factor("y", -(((z - X[idx]) ** 2).sum()))
 
-    guide = dynamic_subsample(AutoNormal(model))
-    assert moved_rows(guide, "z_auto_loc", [1, 5, N], model=model) == [1, 5, N]
+    svi = svi_of(model)
+    state = svi.init(jax.random.key(0), 4)
+    assert [len(rows_moved(svi, state, size)) for size in (1, N)] == [1, N]
 
 
 class Shifted(AutoDiagonalNormal):
@@ -349,33 +325,8 @@ def test_parts_wrapped_one_by_one_share_rows(whole_list_too):
 
 
 def test_graph_objective_moves_the_batch_only():
-    guide = dynamic_subsample(AutoNormal(one_latent))
-    assert moved_rows(guide, "z_auto_loc", [3], loss=TraceGraph_ELBO()) == [3]
-
-
-def merged(auto):
-    return lambda x, rows: auto(x, rows)
-
-
-def list_with_a_function(auto):
-    guide = AutoGuideList(sliced_and_pinned)
-    guide.append(merged(auto))
-    return guide
-
-
-AROUND = {
-    "partial": lambda auto: partial(auto),
-    "function": merged,
-    "part of a list": list_with_a_function,
-}
-
-
-@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
-def test_joint_guides_inside_of_functions(around):
-    guide = around(AutoDiagonalNormal(sliced_and_pinned, init_scale=1e-3))
-    guide = dynamic_subsample(guide, model=sliced_and_pinned)
-    found = trained(sliced_and_pinned, guide, False, "auto_loc")
-    np.testing.assert_allclose(found, TRUTH / 1.01, atol=1.0)
+    svi = svi_of(one_latent, loss=TraceGraph_ELBO())
+    assert len(rows_moved(svi, svi.init(jax.random.key(0), 4), 3)) == 3
 
 
 def test_joint_guide_with_data_that_broadcast_over_another_plate():
@@ -386,13 +337,12 @@ def test_joint_guide_with_data_that_broadcast_over_another_plate():
                 z = numpyro.sample("z", dist.Normal(b, 1))
                 numpyro.sample("y", dist.Normal(z, 1), obs=X[idx][:, None])
 
-    guide = dynamic_subsample(AutoDiagonalNormal(model))
-    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(model, AutoDiagonalNormal)
     loss = jax.jit(lambda key: svi.update(svi.init(key, 4), 3)[1])(jax.random.key(0))
     assert jnp.isfinite(loss)
 
 
-@pytest.mark.parametrize("form", [SVI, SubsampleSVI])
+@pytest.mark.parametrize("form", ["wrapper", "SubsampleSVI"])
 def test_maximum_likelihood_without_latents(form):
     def model(size):
         loc = numpyro.param("loc", 0.0)
@@ -400,63 +350,38 @@ def test_maximum_likelihood_without_latents(form):
         with rows_plate(size) as idx:
             numpyro.sample("y", dist.Normal(loc, 1), obs=X[idx])
 
-    guide = dynamic_subsample(AutoDelta(model))
-    svi = form(model, guide, optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(model, AutoDelta, form)
     state = svi.init(jax.random.key(0), 4)
-    assert guide.median(svi.get_params(svi.update(state, 3)[0])) == {}
+    assert svi.guide.median(svi.get_params(svi.update(state, 3)[0])) == {}
 
 
-def sized_by_the_guide(x):
-    """As numpyro_forecast does: the model asks for no size."""
-    with numpyro.plate("n", N) as idx:
-        z = numpyro.sample("z", dist.Normal(0, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=x[idx])
+@pytest.mark.parametrize(
+    ("form", "sized"), [("wrapper", False), ("context", False), ("context", True)]
+)
+def test_guide_with_plates_by_hand_is_left_alone(form, sized):
+    """Bit for bit as in NumPyro, also where the model asks for no size."""
 
+    def model(x):
+        with numpyro.plate("n", N, subsample_size=3 if sized else None) as idx:
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=x[idx])
 
-def three_rows(x):
-    return numpyro.plate("n", N, subsample_size=3)
+    def three_rows(x):
+        return numpyro.plate("n", N, subsample_size=3)
 
+    def steps(form):
+        svi = svi_of(model, AutoNormal(model, create_plates=three_rows), form)
+        state, loss = svi.update(svi.init(jax.random.key(0), X), X)
+        assert svi.guide.create_plates is three_rows
+        return svi.get_params(state), loss
 
-@pytest.mark.parametrize("form", FORMS)
-def test_create_plates_decides_where_the_model_asks_for_no_size(form):
-    def steps(served):
-        guide = AutoNormal(sized_by_the_guide, create_plates=three_rows)
-        guide = dynamic_subsample(guide) if served and form == "wrapper" else guide
-        svi = SVI(sized_by_the_guide, guide, optax.sgd(0.1), Trace_ELBO())
-        state = svi.init(jax.random.key(0), X)
-        state, loss = svi.update(state, X)
-        return svi.get_params(state), loss, guide.create_plates
-
-    theirs = steps(False)
+    theirs = steps("context")
     with dynamic_subsample():
-        ours = steps(True)
-    for name in theirs[0]:
-        np.testing.assert_array_equal(ours[0][name], theirs[0][name])
-    assert ours[1:] == theirs[1:]
+        assert_equal(steps(form), theirs)
 
 
 def test_wrapped_guide_with_create_plates():
-    def create_plates(rows=3):
-        return numpyro.plate("n", 8, subsample_size=3)
-
-    guide = dynamic_subsample(AutoNormal(model, create_plates=create_plates))
+    guide = dynamic_subsample(AutoNormal(one_latent, create_plates=rows_plate))
     with handlers.seed(rng_seed=0):
         with pytest.raises(ValueError, match="has create_plates.*Leave create_plates"):
-            guide(rows=3)
-
-
-@pytest.mark.parametrize("cls", [AutoNormal, AutoDelta])
-def test_guide_with_plates_by_hand_is_left_alone_in_a_context(cls):
-    """Bit for bit as in NumPyro."""
-
-    def plates(y):
-        return numpyro.plate("n", N, subsample_size=len(y))
-
-    def steps():
-        svi = SVI(base, cls(base, create_plates=plates), optax.sgd(0.1), Trace_ELBO())
-        state = svi.init(jax.random.key(0), Y[:4])
-        return [jax.jit(svi.update)(state, Y[:size])[1] for size in (4, 3)]
-
-    theirs = steps()
-    with dynamic_subsample():
-        assert steps() == theirs
+            guide(3)

@@ -18,17 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.scipy.stats import norm
 from numpyro.contrib.control_flow import scan
-from numpyro.infer import SVI, Trace_ELBO, init_to_sample
+from numpyro.infer import Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
 from checks import assert_close, told
 from models import Tensor, hierarchy
-from numpyro_dynamic_subsample import (
-    Minibatch,
-    SubsampleSVI,
-    dynamic_subsample,
-    minibatch,
-)
+from numpyro_dynamic_subsample import Minibatch, SubsampleSVI, minibatch
 
 ROWS = 12
 DATA = np.random.default_rng(0).normal(size=ROWS).astype("f4")
@@ -349,19 +344,6 @@ def test_rows_and_counts_have_the_integer_type_of_jax(kind, dtype, x64):
         np.testing.assert_array_equal(batch.rows["n"], [5, 3, 100, 100])
 
 
-def test_narrow_rows_move_themselves_only():
-    model = hierarchy(500, "rows")
-    svi = SubsampleSVI(
-        model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO(), rowwise=True
-    )
-    rows = np.array([5, 3, 3, 100, 0], "u1")  # 500 would be 244
-    batch = minibatch(np.ones(5, "f4"), rows={"rows": rows}, capacity=8)
-    state = svi.init(jax.random.key(0), batch)
-    before = svi.get_params(state)["z_auto_loc"]
-    after = svi.get_params(jax.jit(svi.update)(state, batch)[0])["z_auto_loc"]
-    assert np.flatnonzero(before != after).tolist() == [0, 3, 5, 100]
-
-
 def test_flag_of_the_model():
     def model(x, train):
         with numpyro.plate("n", ROWS, subsample_size=len(x)):
@@ -494,8 +476,7 @@ def test_order_of_the_plates_survives_jax():
 
 
 def test_minibatch_for_a_plain_svi():
-    batch = minibatch(X[ROWS], rows={"n": ROWS})
-    for guide in (AutoNormal(model), dynamic_subsample(AutoNormal(model))):
-        svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    batch = minibatch(DATA[:3], rows={"rows": np.arange(3)})
+    for form in ("context", "wrapper"):
         with pytest.raises(TypeError, match="Minibatch is not an array. SubsampleSVI"):
-            svi.init(jax.random.key(0), batch)
+            svi_of(model, form=form).init(jax.random.key(0), batch)

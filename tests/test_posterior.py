@@ -14,11 +14,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpyro import handlers
-from numpyro.infer import (
-    SVI,
-    Predictive,
-    Trace_ELBO,
-)
+from numpyro.infer import SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -28,10 +24,8 @@ from numpyro.infer.autoguide import (
     AutoSemiDAIS,
 )
 
-from models import N, X, guide_list, one_latent, plate_of
-from numpyro_dynamic_subsample import (
-    dynamic_subsample,
-)
+from models import N, X, guide_list, hierarchy, one_latent, plate_of, svi_of
+from numpyro_dynamic_subsample import dynamic_subsample
 
 ROWS = jnp.array([5, 2, 6])
 
@@ -48,13 +42,21 @@ def indexing(rows, data=X):
 def sliced(rows, data=None):
     data = X[rows] if data is None else data
     mu = numpyro.sample("mu", dist.Normal(0, 1))
+    numpyro.deterministic("twice", 2 * mu)
     with plate_of(rows):
         z = numpyro.sample("z", dist.LogNormal(mu, 1))
         numpyro.deterministic("doubled", 2 * z + data)
         numpyro.sample("y", dist.Normal(z, 1), obs=data)
+    numpyro.deterministic("total", z.sum())
 
 
-FIRST = {"batch": ROWS, "one": ROWS[:1], "four": jnp.arange(4), "all": jnp.arange(N)}
+FIRST = {
+    "batch": ROWS,
+    "one": ROWS[:1],
+    "four": jnp.arange(4),
+    "all": jnp.arange(N),
+    "reversed": jnp.arange(N)[::-1],
+}
 
 
 @cache
@@ -101,18 +103,27 @@ def test_answers_are_for_all_rows(guide_class, first, form):
                 )
 
 
-@pytest.mark.parametrize("first", ["batch", "one"])
-def test_deterministic_site_that_cannot_be_computed(first):
+@pytest.mark.parametrize(
+    ("guide_class", "first", "form"),
+    [
+        (AutoNormal, "batch", "wrapper"),
+        (AutoNormal, "one", "wrapper"),
+        (AutoDelta, "batch", "context"),
+    ],
+)
+def test_only_deterministic_sites_that_need_no_rows_are_kept(guide_class, first, form):
     """One row would broadcast to all; its datum is not theirs."""
-    guide, params = trained(AutoNormal, sliced, first)
-    for ask in (guide.median, lambda p: guide.sample_posterior(jax.random.key(0), p)):
-        with pytest.warns(
-            UserWarning, match=r"\['doubled'\].*Pass the model's"
-        ) as said:
-            answer = ask(params)
-        assert len(said) == 1
-        assert answer["z"].shape == (N,)
-        assert "doubled" not in answer
+    guide, params = trained(guide_class, sliced, first, form)
+    key, left_out = jax.random.key(0), r"\['doubled', 'total'\].*Pass the model's"
+    with dynamic_subsample(), pytest.warns(UserWarning, match=left_out) as said:
+        answer = guide.sample_posterior(key, params, sample_shape=(2, 3))
+    assert len(said) == 1
+    assert answer.keys() == {"mu", "z", "twice"}
+    assert answer["z"].shape == (2, 3, N)
+    np.testing.assert_allclose(answer["twice"], 2 * answer["mu"], rtol=1e-6)
+    if guide_class is AutoNormal:
+        with pytest.warns(UserWarning, match=left_out):
+            assert guide.median(params).keys() == {"mu", "z", "twice"}
 
 
 @pytest.mark.parametrize("model", [indexing, sliced])
@@ -132,7 +143,7 @@ def test_given_arguments_decide(guide_class, model, sample_shape):
 
 def two_parts(model):
     parts = {"mu": AutoNormal, "z": AutoNormal}
-    return guide_list(model, parts, hide=["y", "doubled"])
+    return guide_list(model, parts, hide=["y", "twice", "doubled", "total"])
 
 
 def test_parts_of_a_list_answer_for_all_rows():
@@ -232,15 +243,28 @@ def test_some_rows(guide_class, how):
         np.testing.assert_array_equal(drawn["z"], joint["z"][..., SOME])
 
 
-@pytest.mark.parametrize("form", ["wrapper", "context"])
-def test_all_rows_in_another_order(form):
-    guide, params = trained(AutoNormal, indexing, "batch", form)
-    rows = jnp.array(np.random.default_rng(0).permutation(N))
+@pytest.mark.parametrize(
+    ("guide_class", "model", "form"),
+    [
+        (AutoNormal, indexing, "wrapper"),
+        (AutoDelta, indexing, "context"),
+        (AutoMultivariateNormal, sliced, "wrapper"),
+    ],
+)
+@pytest.mark.parametrize("rows", [[3, 1, 5, 0, 4, 2, 7, 6], [2, 2, 0, 5, 3, 2, 7, 1]])
+def test_all_rows_in_another_order(guide_class, model, form, rows):
+    first = "all" if guide_class is AutoMultivariateNormal else "batch"
+    guide, params = trained(guide_class, model, first, form)
+    rows, key = jnp.array(rows), jax.random.key(1)
     with dynamic_subsample():
+        drawn = guide.sample_posterior(key, params, rows)
         with handlers.substitute(data={"n": rows}):
-            drawn = guide.sample_posterior(jax.random.key(1), params, rows)
-    expected = 2 * drawn["z"] + X[rows]
-    np.testing.assert_allclose(drawn["doubled"], expected, rtol=1e-5)
+            of_rows = guide.sample_posterior(key, params, rows)
+    for z, doubled in (
+        (drawn["z"][rows], drawn["doubled"]),
+        (of_rows["z"], of_rows["doubled"]),
+    ):
+        np.testing.assert_allclose(doubled, 2 * z + X[rows], rtol=1e-5)
 
 
 def test_some_rows_of_a_list():
@@ -324,6 +348,24 @@ print(peak() - before)
     assert kib < 200_000
 
 
+def test_posterior_of_a_model_with_assertions():
+    def model(x, rows):
+        with plate_of(rows) as idx:
+            assert len(idx) == len(x)
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.deterministic("gap", z - x)
+            numpyro.sample("y", dist.Normal(z, 1), obs=x)
+
+    svi = svi_of(model)
+    params = svi.get_params(svi.init(jax.random.key(0), X[:3], jnp.arange(3)))
+    with pytest.warns(UserWarning, match=r"\['gap'\]"):
+        assert svi.guide.median(params)["z"].shape == (N,)
+
+
+def wants_argument(x):
+    one_latent(len(x))
+
+
 def wants_value(x=None):
     if x is None:
         raise ValueError("need x")
@@ -339,54 +381,19 @@ def wants_keyword(**batch):
     one_latent(len(batch["x"]))
 
 
-@pytest.mark.parametrize("model", [wants_value, wants_assertion, wants_keyword])
-def test_guide_without_the_arguments_that_the_model_wants(model):
-    svi = SVI(model, dynamic_subsample(AutoNormal(model)), optax.sgd(0.1), Trace_ELBO())
-    params = svi.get_params(svi.init(jax.random.key(0), x=X[:3]))
-    drawn = Predictive(svi.guide, params=params, num_samples=2)(jax.random.key(0))
-    assert drawn["z"].shape == (2, N)
-
-
-def test_posterior_of_a_model_with_assertions():
-    def model(x, rows):
-        with plate_of(rows) as idx:
-            assert len(idx) == len(x)
-            z = numpyro.sample("z", dist.Normal(0, 1))
-            numpyro.deterministic("gap", z - x)
-            numpyro.sample("y", dist.Normal(z, 1), obs=x)
-
-    guide = dynamic_subsample(AutoNormal(model))
-    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
-    params = svi.get_params(svi.init(jax.random.key(0), X[:3], jnp.arange(3)))
-    with pytest.warns(UserWarning, match=r"\['gap'\]"):
-        assert guide.median(params)["z"].shape == (N,)
-
-
-@pytest.mark.filterwarnings(
-    "ignore::numpyro_dynamic_subsample.MisalignedSubsampleWarning"
+@pytest.mark.parametrize(
+    ("model", "form", "first"),
+    [
+        (wants_argument, "context", N),
+        (wants_value, "wrapper", 3),
+        (wants_assertion, "context", 3),
+        (wants_keyword, "wrapper", N),
+    ],
 )
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("guide_class", [AutoNormal, AutoDelta])
-def test_deterministic_sites_that_need_no_rows_are_kept(guide_class, form):
-    svi = svi_of(sliced, guide_class(sliced), form)
+def test_guide_without_the_models_arguments_gives_all_rows(model, form, first):
+    svi = svi_of(model, form=form)
     with dynamic_subsample():
-        state = svi.init(jax.random.key(0), X[:3])
-        params = svi.get_params(state)
-        with pytest.warns(UserWarning, match=r"\['gap', 'sum of z'\]: the model"):
-            drawn = svi.guide.sample_posterior(
-                jax.random.key(1), params, sample_shape=(2, 3)
-            )
-    assert drawn.keys() == {"mu", "z", "double mu"}
-    assert drawn["z"].shape == (2, 3, N)
-    np.testing.assert_allclose(drawn["double mu"], 2 * drawn["mu"], rtol=1e-6)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("first", [3, N])
-def test_guide_without_the_models_arguments_gives_all_rows(form, first):
-    svi = svi_of(one_latent, form=form)
-    with dynamic_subsample():
-        params = svi.get_params(svi.init(jax.random.key(0), first))
+        params = svi.get_params(svi.init(jax.random.key(0), x=X[:first]))
         drawn = Predictive(svi.guide, params=params, num_samples=2)(jax.random.key(0))
     assert drawn["z"].shape == (2, N)
 
@@ -399,56 +406,32 @@ class OfAUser(AutoNormal):
         return super().sample_posterior(key, params, sample_shape=sample_shape)
 
 
-@pytest.mark.parametrize("wrap", [dynamic_subsample, lambda guide: guide])
-def test_posterior_methods_that_a_user_overrides(wrap):
-    guide = wrap(OfAUser(model))
-    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
-    with dynamic_subsample(), handlers.substitute(data={"n": jnp.asarray(ROWS)}):
+@pytest.mark.parametrize("form", ["wrapper", "context"])
+def test_posterior_methods_that_a_user_overrides(form):
+    svi = svi_of(hierarchy(), OfAUser, form)
+    with dynamic_subsample(), handlers.substitute(data={"n": ROWS}):
         params = svi.get_params(svi.init(jax.random.key(0), X[ROWS]))
     with dynamic_subsample():
-        assert guide.median(params)["z"].shape == (N,)
-        drawn = guide.sample_posterior(jax.random.key(0), params, sample_shape=(2,))
+        assert svi.guide.median(params)["z"].shape == (N,)
+        drawn = svi.guide.sample_posterior(jax.random.key(0), params, sample_shape=(2,))
     assert drawn["z"].shape == (2, N)
 
 
-POSTERIOR_GUIDES = [AutoNormal, AutoDelta, AutoMultivariateNormal]
-
-
-def initialised(guide_class, rows, form):
-    guide = guide_class(doubling)
-    rows = jnp.array(rows)
-    with contexts(form), handlers.seed(rng_seed=0), handlers.trace() as sites:
-        (dynamic_subsample(guide) if form.wrap else guide)(jnp.asarray(X)[rows], rows)
-    params = {n: s["value"] for n, s in sites.items() if s["type"] == "param"}
-    of_rows = {"auto_loc": LOC, "z_auto_loc": LOC}
-    params = {n: jnp.asarray(of_rows.get(n, v)) for n, v in params.items()}
-    return dynamic_subsample(guide) if form.wrap else guide, params
-
-
-@pytest.mark.parametrize("form", ["wrapper", "context"])
-@pytest.mark.parametrize("guide_class", POSTERIOR_GUIDES)
-@pytest.mark.parametrize("kind", ["shuffled", "with replacement"])
-def test_posterior_for_a_full_batch_of_any_order(guide_class, form, kind):
-    guide, params = initialised(guide_class, range(N), FORMS[form])
-    rows = jnp.array(BATCHES[kind])
-    with contexts(FORMS[form]):
-        key = jax.random.key(0)
-        drawn = guide.sample_posterior(key, params, jnp.asarray(X)[rows], rows)
-    expected = (drawn["z"] - X)[rows]
-    np.testing.assert_allclose(drawn["sliced"], expected)
-    np.testing.assert_allclose(drawn["indexed"], expected)
-
-
-@pytest.mark.parametrize("form", ["wrapper", "context"])
-@pytest.mark.parametrize("guide_class", POSTERIOR_GUIDES)
+@pytest.mark.parametrize(
+    ("guide_class", "form"),
+    [
+        (AutoNormal, "wrapper"),
+        (AutoDelta, "context"),
+        (AutoMultivariateNormal, "context"),
+    ],
+)
 def test_first_call_with_all_rows_in_another_order(guide_class, form):
     """Its data do not line up with the plate's order, and are left out."""
-    guide, params = initialised(guide_class, BATCHES["shuffled"], FORMS[form])
-    with contexts(FORMS[form]):
-        methods = {"sample_posterior": (jax.random.key(0), params)}
-        if guide_class is not AutoDelta:
-            methods |= {"median": (params,), "quantiles": (params, [0.5])}
-        for method, args in methods.items():
-            left_out = r"'indexed'.*\['n'\] have another order"
-            with pytest.warns(UserWarning, match=left_out):
-                assert getattr(guide, method)(*args).keys() == {"z"}
+    guide, params = trained(guide_class, indexing, "reversed", form)
+    methods = {"sample_posterior": (jax.random.key(0), params)}
+    if guide_class is not AutoDelta:
+        methods |= {"median": (params,), "quantiles": (params, [0.5])}
+    for method, args in methods.items():
+        left_out = r"'doubled'.*\['n'\] have another order"
+        with dynamic_subsample(), pytest.warns(UserWarning, match=left_out):
+            assert getattr(guide, method)(*args).keys() == {"mu", "z"}
