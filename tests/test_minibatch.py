@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from jax.scipy.stats import norm
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import Trace_ELBO, init_to_sample
-from numpyro.infer.autoguide import AutoDelta, AutoNormal
+from numpyro.infer.autoguide import AutoDelta
 
 from checks import assert_close, told
-from models import Tensor, hierarchy
+from models import Tensor, hierarchy, svi_of
 from numpyro_dynamic_subsample import Minibatch, SubsampleSVI, minibatch
 
 ROWS = 12
@@ -37,8 +37,7 @@ class Pair(NamedTuple):
     rest: dict
 
 
-def svi_of(model=model):
-    return SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
+fresh = partial(svi_of, model, form="SubsampleSVI", optim=optax.adam(0.1))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +275,7 @@ def test_a_step_is_that_of_its_rows_and_counts(capacity, padding):
     rows = np.array([2, 7, 7, 11, *padding])
     counts = {"rows": 4} if capacity else {}
     same = told(DATA[rows], np.float32(0.3), rows={"rows": rows}, counts=counts)
-    svi, key = svi_of(), jax.random.key(0)
+    svi, key = fresh(), jax.random.key(0)
     state = svi.init(key, batch)
     run = partial(svi.run, key, 2, progress_bar=False, init_state=state)
     steps = [partial(svi.init, key), run]
@@ -298,7 +297,7 @@ def test_a_step_is_that_of_its_rows_and_counts(capacity, padding):
 def test_a_batch_is_all_that_a_step_takes(args, kwargs):
     batch = minibatch(DATA, rows={"rows": np.arange(ROWS)})
     with pytest.raises(ValueError, match="all that a step takes"):
-        svi_of().init(jax.random.key(0), batch, *args, **kwargs)
+        fresh().init(jax.random.key(0), batch, *args, **kwargs)
 
 
 def test_one_compilation_from_a_loader_and_scan():
@@ -319,7 +318,7 @@ def test_one_compilation_from_a_loader_and_scan():
         traced.append(batch.args[0].shape)
         return svi.update(state, batch)
 
-    svi = svi_of()
+    svi = fresh()
     state = first = svi.init(jax.random.key(0), batches[0])
     step, losses = jax.jit(update), []
     for batch in batches:
@@ -349,7 +348,7 @@ def test_flag_of_the_model():
         with numpyro.plate("n", ROWS, subsample_size=len(x)):
             numpyro.sample("x", dist.Normal(0, 1 if train else 2), obs=x)
 
-    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(model, AutoDelta, "SubsampleSVI")
     evaluate = jax.jit(svi.evaluate)
     for train in (True, False):
         batch = minibatch(DATA[:5], train=train, rows={"n": None}, capacity=8)
@@ -361,7 +360,7 @@ def test_flag_of_the_model():
 
 
 def test_inside_of_a_compiled_function():
-    svi, rows = svi_of(), np.array([5, 0, 5])
+    svi, rows = fresh(), np.array([5, 0, 5])
     state = svi.init(jax.random.key(0), minibatch(DATA, rows={"rows": np.arange(ROWS)}))
 
     def step(data, rows):
