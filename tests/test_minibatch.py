@@ -268,20 +268,17 @@ def test_mistakes_are_errors(make, message):
         make()
 
 
-@pytest.mark.parametrize(("capacity", "padding"), [(None, []), (6, [11, 11])])
-def test_a_step_is_that_of_its_rows_and_counts(capacity, padding):
+def test_a_step_is_that_of_its_rows_and_counts():
     rows = np.array([2, 7, 7, 11])
-    batch = minibatch(DATA[rows], 0.3, rows={"rows": rows}, capacity=capacity)
-    rows = np.array([2, 7, 7, 11, *padding])
-    counts = {"rows": 4} if capacity else {}
+    batch = minibatch(DATA[rows], 0.3, rows={"rows": rows}, capacity=6)
+    rows = np.array([2, 7, 7, 11, 11, 11])
+    counts = {"rows": 4}
     same = told(DATA[rows], np.float32(0.3), rows={"rows": rows}, counts=counts)
     svi, key = fresh(), jax.random.key(0)
     state = svi.init(key, batch)
     run = partial(svi.run, key, 2, progress_bar=False, init_state=state)
     steps = [partial(svi.init, key), run]
-    steps += [
-        partial(step, state) for step in (svi.update, svi.stable_update, svi.evaluate)
-    ]
+    steps += [partial(step, state) for step in (svi.update, svi.evaluate)]
     for step in steps:
         one, other = step(batch), step(same)
         assert_close(one, other, rtol=1e-6)
@@ -436,8 +433,8 @@ def loss_of_series(params, rows):
 @pytest.mark.parametrize(
     ("model", "make", "loss_of", "sizes"),
     [
-        (crossed, block, loss_of_block, [(4, 4), (3, 3), (1, 4), (2, 3)]),
-        (in_time, series, loss_of_series, [(4,), (3,), (1,)]),
+        (crossed, block, loss_of_block, [(4, 4), (1, 3)]),
+        (in_time, series, loss_of_series, [(4,), (1,)]),
     ],
 )
 def test_plates_on_other_axes_share_one_compilation(model, make, loss_of, sizes):

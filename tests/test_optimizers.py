@@ -175,7 +175,7 @@ def is_accepted(optim):
     return True
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(
     names=st.lists(st.sampled_from(sorted(TRANSFORMATIONS)), min_size=1, max_size=3),
     count=st.integers(1, N - 1),

@@ -181,7 +181,7 @@ def test_settings_of_jax_change_nothing(rowwise):
         return loss, svi.get_params(state)
 
     expected = step()
-    for setting in SETTINGS:
+    for setting in SETTINGS if rowwise else SETTINGS[:2]:
         with setting():
             assert_close(step(), expected, rtol=1e-5, atol=1e-6)
 
