@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from numpyro.primitives import _PYRO_STACK
 
 from checks import pad, told
-from models import hierarchy
-from numpyro_dynamic_subsample import SubsampleSVI
+from models import hierarchy, svi_of
 
 ROWS = 100
 DATA = np.linspace(-1, 1, ROWS, dtype="float32")
@@ -48,7 +46,7 @@ def steps():
 
 
 def test_many_steps():
-    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.01), Trace_ELBO())
+    svi = svi_of(model, AutoDelta, "SubsampleSVI", optim=optax.sgd(0.01))
     state = svi.init(jax.random.key(0), told(DATA[:3], rows={"rows": np.arange(3)}))
     traced, kept = [], []
 
@@ -72,7 +70,7 @@ def test_many_steps():
 
 
 def test_many_compilations():
-    svi = SubsampleSVI(model, AutoNormal(model), optax.sgd(0.01), Trace_ELBO())
+    svi = svi_of(model, AutoNormal, "SubsampleSVI", optim=optax.sgd(0.01))
     state = svi.init(jax.random.key(0), told(DATA[:3], rows={"rows": np.arange(3)}))
     kept = []
     for number in range(41):

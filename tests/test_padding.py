@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,8 +30,8 @@ from numpyro.infer.autoguide import (
 from numpyro.infer.util import log_density
 
 from checks import assert_close, pad, told
-from models import N, guide_list, independent
-from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample
+from models import N, guide_list, independent, svi_of
+from numpyro_dynamic_subsample import dynamic_subsample
 from numpyro_dynamic_subsample.batches.padding import mask_padding
 
 
@@ -236,9 +235,6 @@ ROWS = np.array([5, 0, 3])
 TRUTH = np.arange(float(N)) - 2
 
 
-STEP_SIZE = 0.1
-
-
 @pytest.fixture(autouse=True, scope="module")
 def in_64_bit():
     jax.config.update("jax_enable_x64", True)
@@ -313,7 +309,7 @@ class Pair:
     """Compiled steps of one inference, without padding and with it."""
 
     def __init__(self, model, guide, loss, first=TRUTH[:4]):
-        self.svi = SubsampleSVI(model, guide, optax.sgd(STEP_SIZE), loss)
+        self.svi = svi_of(model, guide, "SubsampleSVI", loss)
         self.step = jax.jit(self.svi.update)
         self.state = self.svi.init(jax.random.key(1), first)
 
@@ -368,15 +364,14 @@ def pair():
     return Pair(model, AutoNormal(model), TraceMeanField_ELBO(num_particles=2))
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(order=st.permutations(range(N)), count=st.integers(1, CAPACITY))
 def test_drawn_rows_and_counts(pair, order, count):
     pair.check(np.array(order[:count]))
 
 
-@pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
-def test_sites_apart(loss):
-    svi = SubsampleSVI(model, AutoNormal(model), optax.sgd(0.1), loss(sum_sites=False))
+def test_sites_apart():
+    svi = svi_of(model, form="SubsampleSVI", loss=TraceMeanField_ELBO(sum_sites=False))
     state = svi.init(jax.random.key(1), TRUTH)
     x, rows = padded(ROWS)
     evaluate = jax.jit(svi.evaluate)
@@ -450,7 +445,7 @@ PLATES = {
 @pytest.mark.parametrize(("model", "guide", "batches"), PLATES.values(), ids=PLATES)
 def test_plates_with_counts_of_their_own(model, guide, batches):
     (args, indices), (padded_args, padded_indices), valid = batches()
-    svi = SubsampleSVI(model, guide(model), optax.sgd(0.1), TraceMeanField_ELBO())
+    svi = svi_of(model, guide, "SubsampleSVI", TraceMeanField_ELBO())
     state = svi.init(jax.random.key(1), told(*args, rows=indices))
     theirs = jax.jit(svi.update)(state, told(*args, rows=indices))
     step = jax.jit(svi.update)
@@ -492,9 +487,7 @@ DISCRETE = {
     ("loss", "where", "size", "traced"), DISCRETE.values(), ids=DISCRETE
 )
 def test_discrete_sites(loss, where, size, traced):
-    svi = SubsampleSVI(
-        mixture, mixture_guide, optax.sgd(0.1), loss(), where=where, size=size
-    )
+    svi = svi_of(mixture, mixture_guide, "SubsampleSVI", loss(), where=where, size=size)
     x, rows = padded(ROWS)
     full, part = ({"n": rows}, {"n": ROWS}) if size else (None, None)
     state = svi.init(jax.random.key(1), told(x, rows=full))
@@ -509,7 +502,7 @@ def test_discrete_sites(loss, where, size, traced):
 
 
 def test_growing_batch_in_one_scan():
-    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(model, AutoDelta, "SubsampleSVI")
     rows = np.array([6, 1, 7, 2, 0, 4])
     start = svi.init(jax.random.key(0), TRUTH)
     counts = np.array([1, 2, 4, 6])
@@ -532,8 +525,7 @@ def test_growing_batch_in_one_scan():
     assert_close(train(start, counts), (state, jnp.stack(losses)))
 
 
-@pytest.mark.parametrize("size", [CAPACITY, N])
-@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize(("size", "asked"), [(CAPACITY, False), (N, True)])
 def test_capacity_of_the_whole_plate(asked, size):
     """Indexed data follow the batch's rows, and the scale is N / n if asked for."""
 
@@ -542,7 +534,7 @@ def test_capacity_of_the_whole_plate(asked, size):
             z = numpyro.sample("z", dist.Normal(0, 1))
             numpyro.sample("y", dist.Normal(z, 1), obs=jnp.asarray(TRUTH)[idx])
 
-    svi = SubsampleSVI(indexing, AutoDelta(indexing), optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(indexing, AutoDelta, "SubsampleSVI")
     state = svi.init(jax.random.key(0), size)
     rows = np.append([4, 2], np.zeros(size - 2, int))
     before = svi.get_params(state)["z_auto_loc"]
@@ -563,9 +555,7 @@ X4 = np.zeros(4)
 
 
 def test_renyi():
-    svi = SubsampleSVI(
-        independent, AutoNormal(independent), optax.sgd(0.1), RenyiELBO()
-    )
+    svi = svi_of(independent, form="SubsampleSVI", loss=RenyiELBO())
     state = svi.init(jax.random.key(0), told(X4, rows={"n": np.arange(4)}))
     assert np.isfinite(jax.jit(svi.evaluate)(state, told(X4, rows={"n": np.arange(4)})))
     with pytest.raises(ValueError, match=r"RenyiELBO.*\['n'\].*without a capacity"):
@@ -590,7 +580,7 @@ def of_all_and_row(x):
 def semi_dais(**kwargs):
     # More HMC steps draw their momenta in another order, by step and not by row.
     guide = AutoSemiDAIS(of_all_and_row, of_row, AutoNormal(of_all), K=1, **kwargs)
-    return SubsampleSVI(of_all_and_row, guide, optax.sgd(0.1), Trace_ELBO())
+    return svi_of(of_all_and_row, guide, "SubsampleSVI")
 
 
 def test_auto_semi_dais():
@@ -627,8 +617,8 @@ def analytic_guide(x):
 
 
 def test_enumeration_that_needs_a_known_scale():
-    svi = SubsampleSVI(
-        mixture, mixture_guide, optax.sgd(0.1), TraceEnum_ELBO(), where="model", size=N
+    svi = svi_of(
+        mixture, mixture_guide, "SubsampleSVI", TraceEnum_ELBO(), where="model", size=N
     )
     state = svi.init(jax.random.key(0), X4)
     message = r"'c' in plate 'n' \(4 rows\) is enumerated in the model.*in the guide"
@@ -637,7 +627,7 @@ def test_enumeration_that_needs_a_known_scale():
 
 
 def test_analytic_kl_needs_a_known_scale():
-    svi = SubsampleSVI(analytic, analytic_guide, optax.sgd(0.1), TraceEnum_ELBO())
+    svi = svi_of(analytic, analytic_guide, "SubsampleSVI", TraceEnum_ELBO())
     state = svi.init(jax.random.key(0), X4)
     message = r"'z' in plate 'n' \(4 rows\) has an analytic KL.*leave out infer"
     with pytest.raises(ValueError, match=message):
@@ -651,7 +641,7 @@ def test_analytic_kl_needs_a_known_scale():
 
 
 def test_every_way_to_step():
-    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(model, AutoDelta, "SubsampleSVI")
     # NumPyro looks for initial values where the model runs on padding as on data.
     x, rows = padded(ROWS, padding=1.0)
     batch = told(x, rows={"n": rows}, counts={"n": len(ROWS)})

@@ -346,8 +346,7 @@ def test_what_a_wrapper_alone_cannot_reach():
             bias = numpyro.param("bias", jnp.zeros(N), event_dim=0)
             numpyro.sample("y", dist.Normal(mu + bias, 1), obs=x)
 
-    guide = dynamic_subsample(AutoNormal(model))
-    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(model)
     x = jnp.asarray(X)
     state = svi.init(jax.random.key(0), x, jnp.arange(N))
     svi.update(state, x, jnp.arange(N))
@@ -370,7 +369,7 @@ def test_padding_to_all_rows_follows_the_indices_in_subsample():
             data = numpyro.subsample(jnp.asarray(X), event_dim=0)
             numpyro.sample("y", dist.Normal(z, 1), obs=data)
 
-    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(model, AutoDelta, "SubsampleSVI")
     rows = jnp.array(BATCHES["shuffled"])
     state = svi.init(jax.random.key(0), X)
     state = state._replace(optim_state=svi.optim.init({"z_auto_loc": jnp.asarray(LOC)}))
