@@ -345,10 +345,9 @@ OBJECTIVES = {
 
 
 COMBINATIONS = [
-    *[(guide, "trace") for guide in GUIDES],
+    *[(guide, "trace") for guide in GUIDES if guide != "AutoNormal"],
     ("AutoNormal", "graph"),
     ("AutoNormal", "enum"),
-    ("AutoDelta", "enum"),
 ]
 
 
@@ -365,7 +364,7 @@ def pair():
 
 
 @settings(max_examples=10)
-@given(order=st.permutations(range(N)), count=st.integers(1, CAPACITY))
+@given(order=st.permutations(range(N)), count=st.sampled_from([1, 3, CAPACITY]))
 def test_drawn_rows_and_counts(pair, order, count):
     pair.check(np.array(order[:count]))
 

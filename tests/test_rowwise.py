@@ -251,9 +251,9 @@ def test_a_run_donates_and_keeps_what_is_the_users():
     theirs = svi_of(independent, theirs, "context")
     key = jax.random.key(0)
     batch = X[:3]
+    expected = theirs.run(key, 5, batch, progress_bar=False)
     for bar in (True, False):
         first = ours.run(key, 5, batch, progress_bar=bar)
-        expected = theirs.run(key, 5, batch, progress_bar=False)
         assert_equal((first.params, first.losses), (expected.params, expected.losses))
     second = ours.run(key, 3, batch, progress_bar=False, init_state=first.state)
     expected = theirs.run(key, 3, batch, progress_bar=False, init_state=expected.state)

@@ -50,7 +50,6 @@ ROWS = {"n": np.arange(4)}
 
 
 STRATEGIES = [
-    init_to_uniform,
     partial(init_to_uniform, radius=0.5),
     init_to_median,
     init_to_mean,
