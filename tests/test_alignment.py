@@ -119,9 +119,6 @@ def markdown():
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-# ------------------------------------------------------------------ training
-
-
 def halves(rng):
     return rng.permutation(N)[:B]
 
@@ -186,9 +183,6 @@ def init(svi, x=TRUTH[:B], rows=None, **keywords):
 
 def warned():
     return pytest.warns(MisalignedSubsampleWarning)
-
-
-# ------------------------------------------------------------------ the ways
 
 
 def test_no_pin():
@@ -345,18 +339,6 @@ def test_range():
 
 def test_every_way_is_measured():
     assert {f"test_{name.replace(' ', '_')}" for name in WAYS} <= globals().keys()
-
-
-# ------------------------------------------------------------------ false alarms
-
-
-# ------------------------------------------------------------------ alarms
-
-
-# ------------------------------------------------------------------ disagreement
-
-
-# ------------------------------------------------------------------ gradients, counts
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import copy
 import gc
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from models import (
     hierarchy,
     indexing,
     latent_and_obs,
+    local,
     pinned_plate,
     plate,
     rows_plate,
@@ -45,6 +46,7 @@ from numpyro_dynamic_subsample import (
 from numpyro_dynamic_subsample.effect import data_flow
 
 B = 4
+ROWS = np.array([5, 0, 3])
 
 
 def init(svi, x=TRUTH[:B], rows=None, **keywords):
@@ -54,6 +56,19 @@ def init(svi, x=TRUTH[:B], rows=None, **keywords):
 
 def warned():
     return pytest.warns(MisalignedSubsampleWarning)
+
+
+@contextmanager
+def gathered(category=Warning):
+    """The warnings that are given, none of them an error."""
+    found = []
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        yield found
+    found += [own for own in given if issubclass(own.category, category)]
+
+
+# ------------------------------------------------------------------ rows and data
 
 
 def covariates_only(x, rows):
@@ -91,8 +106,7 @@ def unaligned(model):
     """How many warnings the first two calls give, eager and traced."""
     guide = amortised if model is sliced else AutoNormal(model)
     svi = svi_of(model, guide)
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
+    with gathered() as given:
         state = init(svi)
         jax.eval_shape(svi.update, state, TRUTH[:B], jnp.arange(B))
     return [w.category for w in given]
@@ -116,7 +130,7 @@ def test_no_false_alarm(model):
 
 
 def test_no_false_alarm_for_full_size_or_pins_around():
-    svi = svi_of(sliced, AutoNormal)
+    svi = svi_of(sliced)
     init(svi, TRUTH)
     with handlers.substitute(data={"n": jnp.arange(B)}):
         init(svi)
@@ -186,16 +200,14 @@ def test_guides_served_one_by_one(pins):
         for part in parts:
             part(x, rows)
 
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
-        with handlers.substitute(data=pins), dynamic_subsample():
-            init(svi_of(model, guide, "context"))
+    with gathered() as given, handlers.substitute(data=pins), dynamic_subsample():
+        init(svi_of(model, guide, "context"))
     latents = [name for w in given for name in "az" if f"['{name}']" in str(w.message)]
     assert latents == ([] if pins else ["a", "z"])
 
 
 def test_error_instead_of_warning_stays_one():
-    svi = svi_of(sliced, AutoNormal)
+    svi = svi_of(sliced)
     for _ in range(2):
         with pytest.raises(MisalignedSubsampleWarning):
             init(svi)
@@ -210,8 +222,7 @@ def test_copies_are_guides_of_their_own_and_none_is_kept():
             init(svi_of(sliced, own))
             init(svi_of(sliced, own))
         assert len(given) == 1
-    del own
-    del guide, other
+    del own, guide, other
     gc.collect()
     assert len(data_flow._looked_at) <= before
 
@@ -221,8 +232,7 @@ def test_model_that_needs_concrete_values_is_left_alone():
         if x.sum() > 0:
             sliced(x, rows)
 
-    svi = svi_of(model, AutoNormal)
-    init(svi)
+    init(svi_of(model))
 
 
 def discrete(x, rows):
@@ -261,7 +271,7 @@ def test_constant_observations_are_no_data_of_other_rows():
     svi_of(model).init(jax.random.key(0), 4)
 
 
-ROWS = np.array([5, 0, 3])
+# ------------------------------------------------------------------ scales
 
 
 def of_groups(around, size=3):
@@ -297,12 +307,10 @@ def warnings_of(model, count=None, size=3):
     rows = {"groups": jnp.arange(size)}
     counts = None if count is None else {"groups": count}
     batch = told(GROUP, Y, jnp.array(3), rows=rows, counts=counts)
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
+    with gathered(UnscaledSubsampleWarning) as given:
         for _ in range(2):
             svi.init(jax.random.key(0), batch)
-    found = [w for w in given if w.category is UnscaledSubsampleWarning]
-    return [str(warning.message) for warning in found]
+    return [str(warning.message) for warning in given]
 
 
 def test_data_of_groups_without_a_scale():
@@ -342,6 +350,9 @@ def test_factor_without_data_gives_no_warning():
     assert warnings_of(model) == []
 
 
+# ------------------------------------------------------------------ Predictive
+
+
 def predicting(x, rows=None):
     with plate(x, rows) if rows is None else pinned_plate(x, rows):
         z = numpyro.sample("z", dist.Normal(0, 1))
@@ -369,13 +380,8 @@ def test_samples_of_rows_that_the_plate_draws_without_data():
 
 
 def test_guide_that_is_masked_in_training_is_no_prediction():
-    def indexing(size):
-        with numpyro.plate("n", N, subsample_size=size) as idx:
-            z = numpyro.sample("z", dist.Normal(0, 1))
-            numpyro.sample("y", dist.Normal(z, 1), obs=jnp.asarray(X)[idx])
-
-    masked = handlers.mask(AutoNormal(indexing), mask=False)
-    svi = svi_of(indexing, masked, "context")
+    masked = handlers.mask(AutoNormal(local), mask=False)
+    svi = svi_of(local, masked, "context")
     with dynamic_subsample():
         svi.init(jax.random.key(0), 3)
 
@@ -395,23 +401,27 @@ def test_samples_of_rows_that_are_pinned_or_indexed_or_all():
 def test_samples_of_rows_beyond_the_plate():
     message = r"plate 'n' \(size 8\) run from 0 to 9"
     with dynamic_subsample(), pytest.raises(ValueError, match=message):
-        rows = jnp.array([0, 9, 1])
-        Predictive(predicting, SAMPLES)(jax.random.key(0), X[:3], rows)
+        args = X[:3], jnp.array([0, 9, 1])
+        Predictive(predicting, SAMPLES)(jax.random.key(0), *args)
+
+
+# ------------------------------------------------------------------ places
 
 
 @pytest.mark.parametrize("how", ["eager", "jit", "fit"])
 def test_warnings_stand_at_the_users_line(how):
     svi = svi_of(hierarchy(), form="SubsampleSVI")
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
+    with gathered(MisalignedSubsampleWarning) as given:
         if how == "fit":
             svi.fit(jax.random.key(0), [X[:3]], 1, progress_bar=False)
         elif how == "eager":
             svi.init(jax.random.key(0), X[:3])
         else:
             jax.jit(svi.init)(jax.random.key(0), X[:3])
-    places = {w.filename for w in given if w.category is MisalignedSubsampleWarning}
-    assert places == {__file__}
+    assert {warning.filename for warning in given} == {__file__}
+
+
+# ------------------------------------------------------------------ factors
 
 
 def of_stars(around):
@@ -428,10 +438,9 @@ def of_stars(around):
 def factor_warnings(model, capacity=None):
     svi = svi_of(model, AutoDelta, "SubsampleSVI")
     batch = minibatch(X[ROWS], rows={"stars": ROWS}, capacity=capacity)
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
+    with gathered(UnscaledSubsampleWarning) as given:
         svi.init(jax.random.key(0), batch)
-    return [str(w.message) for w in given if w.category is UnscaledSubsampleWarning]
+    return [str(warning.message) for warning in given]
 
 
 def test_factor_of_data_outside_of_the_plate():

@@ -331,9 +331,6 @@ def test_predictive_pairs_rows_with_their_own(given, nested):
             np.testing.assert_allclose(found["sliced"], expected, rtol=1e-5)
 
 
-# ------------------------------------------------------------------ posterior methods
-
-
 # ------------------------------------------------------------------ a wrapper alone
 
 
