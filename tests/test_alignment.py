@@ -136,10 +136,7 @@ def pinning(x, rows):
 
 
 def train(
-    svi,
-    draw=halves,
-    around=lambda rows: nullcontext(),
-    batched=lambda *batch: batch,
+    svi, draw=halves, around=lambda rows: nullcontext(), batched=lambda *batch: batch
 ):
     """Train in one jitted step, and return the latents' parameters."""
     rng = np.random.default_rng(0)

@@ -81,8 +81,7 @@ def test_a_batch_holds_all_members_of_its_groups(students, data, capacity):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [np.array, jnp.array, list, Tensor, lambda v: pd.Series(v, index=v[::-1])],
+    "kind", [np.array, jnp.array, list, Tensor, lambda v: pd.Series(v, index=v[::-1])]
 )
 def test_columns_of_all_kinds(kind):
     members = {"y": kind(Y.tolist())}

@@ -233,10 +233,7 @@ def by_index(x, size):
 def across_rows(x, size):
     with numpyro.plate("n", size, subsample_size=len(x)):
         share = numpyro.param(
-            "share",
-            jnp.ones(size) / size,
-            constraint=constraints.simplex,
-            event_dim=0,
+            "share", jnp.ones(size) / size, constraint=constraints.simplex, event_dim=0
         )
         numpyro.sample("z", dist.Normal(share, 1))
 

@@ -183,84 +183,82 @@ def test_crossed_plates_and_plates_without_rows():
 
 
 X3 = np.zeros(3)
+of = partial(partial, minibatch)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
-            lambda: minibatch(X3, rows={"n": X3}),
+            of(X3, rows={"n": X3}),
             r"plate 'n' must be a vector of int.*Give rows.astype\(int\)",
         ),
+        (of(X3, rows=np.arange(3)), "dict with plates for keys.*ndarray"),
         (
-            lambda: minibatch(X3, rows=np.arange(3)),
-            "dict with plates for keys.*ndarray",
-        ),
-        (
-            lambda: minibatch(np.ma.array(X3, mask=X3 > 1), rows={"n": None}),
+            of(np.ma.array(X3, mask=X3 > 1), rows={"n": None}),
             "argument 0 is a masked array",
         ),
         (
-            lambda: minibatch(X3, rows={"n": np.ma.array([1, 2, 3], mask=X3 > 1)}),
+            of(X3, rows={"n": np.ma.array([1, 2, 3], mask=X3 > 1)}),
             "rows of plate 'n' is a masked array",
         ),
         (
-            lambda: minibatch(X3, rows={"n": np.array([1, 2, 2**32 + 5])}),
+            of(X3, rows={"n": np.array([1, 2, 2**32 + 5])}),
             "rows of plate 'n' holds 4294967301, but JAX would cut it to int32",
         ),
         (
-            lambda: minibatch(X3, rows={"n": np.array([1, 2, 2**31], "u4")}),
+            of(X3, rows={"n": np.array([1, 2, 2**31], "u4")}),
             "rows of plate 'n' holds 2147483648",
         ),
         (
-            lambda: minibatch(y=(X3, np.array([2**40] * 3)), rows={"n": None}),
+            of(y=(X3, np.array([2**40] * 3)), rows={"n": None}),
             r"argument 'y'\[1\] holds 1099511627776",
         ),
-        (lambda: minibatch(X3, rows={"n": [[0, 1, 2]]}), "plate 'n'.*shape .1, 3."),
-        (lambda: minibatch(X3, rows={"n": X3 > 1}), "type bool.*flatnonzero"),
-        (lambda: minibatch(X3, rows={"n": [0, -1, 2]}), "'n' run from -1 to 2, below"),
+        (of(X3, rows={"n": [[0, 1, 2]]}), "plate 'n'.*shape .1, 3."),
+        (of(X3, rows={"n": X3 > 1}), "type bool.*flatnonzero"),
+        (of(X3, rows={"n": [0, -1, 2]}), "'n' run from -1 to 2, below"),
         (
-            lambda: minibatch(X3, rows={"n": [0, 9, 2]}, size=9),
+            of(X3, rows={"n": [0, 9, 2]}, size=9),
             r"'n' \(size 9\) run from 0 to 9, outside 0 to 8.*grow of.*unseen=",
         ),
         (
-            lambda: minibatch(X3, rows={"n": jnp.array([0, 9, 2])}, size={"n": 9}),
+            of(X3, rows={"n": jnp.array([0, 9, 2])}, size={"n": 9}),
             r"'n' \(size 9\) run from 0 to 9, outside 0 to 8",
         ),
-        (lambda: minibatch(X3, rows={"n": [0, 1]}), "'n' must have one length.*: 3"),
-        (lambda: minibatch(X3, y=[1], rows={"n": None}), "'n' .*argument 'y'.: 1"),
-        (lambda: minibatch(X3[:0], rows={"n": []}), "holds no row of plate 'n'"),
-        (lambda: minibatch(2.0, rows={"n": None}), "'n' has neither rows nor"),
-        (lambda: minibatch(X3, rows={"n": None}, capacity=0), "'n'.*not 0"),
-        (lambda: minibatch(X3, rows={"n": None}, capacity="some"), "'n'.*not 'some'"),
-        (lambda: minibatch(X3, rows={"n": None}, size=2), "'n' .size 2.*3 rows"),
-        (lambda: minibatch(X3, rows={"n": None}, capacity=8.0), "'n'.*not 8.0"),
-        (lambda: minibatch(X3, rows={"n": None}, capacity=True), "'n'.*not True"),
-        (lambda: minibatch(X3, rows={"n": None}, capacity={"m": 8}), "names .'m'"),
-        (lambda: minibatch(X3, rows={"n": None}, size={"m": 8}), "size names .'m'"),
-        (lambda: minibatch(X3, rows={"n": None, "m": None}), "which plate argument 0"),
+        (of(X3, rows={"n": [0, 1]}), "'n' must have one length.*: 3"),
+        (of(X3, y=[1], rows={"n": None}), "'n' .*argument 'y'.: 1"),
+        (of(X3[:0], rows={"n": []}), "holds no row of plate 'n'"),
+        (of(2.0, rows={"n": None}), "'n' has neither rows nor"),
+        (of(X3, rows={"n": None}, capacity=0), "'n'.*not 0"),
+        (of(X3, rows={"n": None}, capacity="some"), "'n'.*not 'some'"),
+        (of(X3, rows={"n": None}, size=2), "'n' .size 2.*3 rows"),
+        (of(X3, rows={"n": None}, capacity=8.0), "'n'.*not 8.0"),
+        (of(X3, rows={"n": None}, capacity=True), "'n'.*not True"),
+        (of(X3, rows={"n": None}, capacity={"m": 8}), "names .'m'"),
+        (of(X3, rows={"n": None}, size={"m": 8}), "size names .'m'"),
+        (of(X3, rows={"n": None, "m": None}), "which plate argument 0"),
         (
-            lambda: minibatch(X3, rows={"n": None}, along={"m": "y"}),
+            of(X3, rows={"n": None}, along={"m": "y"}),
             "along.'m'.* names 'y', but the arguments of the batch are .0.",
         ),
         (
-            lambda: minibatch(X3, rows={}, along={"m": 0, "n": 0}),
+            of(X3, rows={}, along={"m": 0, "n": 0}),
             "axis 0 of argument 0 run along 'm' and 'n'",
         ),
         (
-            lambda: minibatch(X3, rows={}, along={"m": {0: 1}}),
+            of(X3, rows={}, along={"m": {0: 1}}),
             "argument 0 has shape .3,., and so no axis 1 to run along plate 'm'",
         ),
         (
-            lambda: minibatch(X3, rows={}, along={"m": {0: "x"}}),
+            of(X3, rows={}, along={"m": {0: "x"}}),
             "along.'m'. gives argument 0 the axis 'x'",
         ),
-        (lambda: minibatch(["abc"], rows={"n": None}), "argument 0 is of type list"),
+        (of(["abc"], rows={"n": None}), "argument 0 is of type list"),
         (
-            lambda: minibatch(y={"a": ["b", "c"]}, rows={"n": None}),
+            of(y={"a": ["b", "c"]}, rows={"n": None}),
             "argument 'y'.'a'. is of type list",
         ),
-        (lambda: minibatch([[1], [2, 3]], rows={"n": None}), "cannot take argument 0"),
+        (of([[1], [2, 3]], rows={"n": None}), "cannot take argument 0"),
     ],
 )
 def test_mistakes_are_errors(make, message):
@@ -284,13 +282,7 @@ def test_a_step_is_that_of_its_rows_and_counts():
         assert_close(one, other, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("args", "kwargs"),
-    [
-        ((DATA,), {}),
-        ((), {"noise": 0.1}),
-    ],
-)
+@pytest.mark.parametrize(("args", "kwargs"), [((DATA,), {}), ((), {"noise": 0.1})])
 def test_a_batch_is_all_that_a_step_takes(args, kwargs):
     batch = minibatch(DATA, rows={"rows": np.arange(ROWS)})
     with pytest.raises(ValueError, match="all that a step takes"):

@@ -89,11 +89,7 @@ def test_plates_that_are_not_named_are_untouched():
 
 def test_scale_keeps_the_type_of_the_log_density():
     def scale(n):
-        with (
-            counting({"n": n}),
-            handlers.seed(rng_seed=0),
-            handlers.trace() as trace,
-        ):
+        with counting({"n": n}), handlers.seed(rng_seed=0), handlers.trace() as trace:
             with numpyro.plate("n", 16, subsample_size=N):
                 numpyro.sample("z", dist.Normal(jnp.float16(0), jnp.float16(1)))
         site = trace["z"]
@@ -337,11 +333,7 @@ GUIDES = {
 }
 
 
-OBJECTIVES = {
-    "trace": Trace_ELBO,
-    "graph": TraceGraph_ELBO,
-    "enum": TraceEnum_ELBO,
-}
+OBJECTIVES = {"trace": Trace_ELBO, "graph": TraceGraph_ELBO, "enum": TraceEnum_ELBO}
 
 
 COMBINATIONS = [

@@ -222,11 +222,7 @@ SOME = jnp.array([6, 0, 6])
 
 @pytest.mark.parametrize(
     ("guide_class", "how"),
-    [
-        (AutoNormal, "wrapper"),
-        (AutoDelta, "context"),
-        (AutoDiagonalNormal, "wrapper"),
-    ],
+    [(AutoNormal, "wrapper"), (AutoDelta, "context"), (AutoDiagonalNormal, "wrapper")],
 )
 def test_some_rows(guide_class, how):
     first = "all" if guide_class is AutoDiagonalNormal else "batch"

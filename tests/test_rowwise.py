@@ -310,10 +310,7 @@ REFUSED = {
         r"AutoMultivariateNormal is one joint.*plate 'n' \(size 8\).*Use AutoNormal",
     ),
     "joint in a list": (list_with_joint, "AutoMultivariateNormal is one joint"),
-    "read outside": (
-        lambda model: outside,
-        "'loc' holds rows of plate 'n' .*outside",
-    ),
+    "read outside": (lambda model: outside, "'loc' holds rows of plate 'n' .*outside"),
     "two axes": (
         lambda model: on_two_axes,
         r"'table' holds rows of plate 'n' \(size 8\) in axis 0 and in axis 1.*two par",
