@@ -409,6 +409,8 @@ def test_progress_bar(capsys, known):
         (batches, {"epochs": 2, "validation": iter([])}, "validation is an iterator"),
         (next(batches(0)), {}, "single Minibatch. Put it into a list"),
         (DATA, {}, "single ndarray. Put it into a list"),
+        (3, {}, "batches must be a list .*, not int"),
+        (batches, {"validation": 3}, "validation must be a list .*, not int"),
         ([], {}, "no batch in epoch 0. Give an iterable that starts anew"),
         (batches, {"epochs": 0}, "epochs must be at least 1, but is 0"),
         (
@@ -437,12 +439,6 @@ def test_fit_that_has_no_epoch_left():
 
 def test_iterator_for_one_epoch():
     assert quiet(svi_of(mean), batches(0)).losses.shape == (3,)
-
-
-@pytest.mark.parametrize("what", ["batches", "validation"])
-def test_what_is_no_loader(what):
-    with pytest.raises(ValueError, match=f"{what} must be a list .*, not int"):
-        quiet(svi_of(mean), **({"batches": batches} | {what: 3}))
 
 
 def test_plain_loader_is_told_of_minibatch():

@@ -42,7 +42,7 @@ HOST_CODE = [boolean_index, shape_from_data, python_set, edited_copy, f_string]
 
 
 @pytest.mark.parametrize("host_code", HOST_CODE)
-def test_a_check_never_stops_a_program(host_code):
+def test_host_code_of_a_model_runs(host_code):
     def model(x, g, size=4):
         offset = host_code(x, g)
         with numpyro.plate("n", N, subsample_size=size):
