@@ -1,8 +1,8 @@
 """A batch as one value: what goes in, what is refused, and what steps make of it."""
 
 import itertools
-import warnings
 import pickle
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ def test_plates_of_different_lengths():
     capacity=st.integers(1, 50) | st.just("powers of two"),
 )
 def test_a_capacity_is_a_step_that_ends_at_the_size_of_the_plate(count, size, capacity):
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True, action="always") as told:
         batch = minibatch(
             np.arange(count), rows={"n": np.arange(count)}, capacity=capacity, size=size
         )
