@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
-from ..effect.data_flow import warn
 from ..effect.internals import Tracer
 from ..effect.rows import check_rows, check_subsample_size
+from ..effect.warn import warn
 
 Capacity = int | Literal["powers of two"]
 POWERS_OF_TWO = "powers of two"
