@@ -265,8 +265,9 @@ def _inside(site: Site, plate: PlateRows) -> frozenset[tuple[str, Any]]:
 
 def _scale_message(name: str, site: Site, plate: PlateRows, padded: bool) -> str | None:
     what = f"{'Factor' if site.factor else 'Site'} '{name}'"
+    takes = "is padded to" if padded else "takes"
     where = (
-        f"{what} depends on latents of plate '{plate.name}', which takes "
+        f"{what} depends on latents of plate '{plate.name}', which {takes} "
         f"{plate.subsample_size} of its {plate.size} rows, but stands outside of the "
         "plate and"
     )

@@ -376,7 +376,10 @@ class SubsampleSVI(SVI):
         set ``svi.guide.init_loc_fn`` before.
 
         The new rows have no moments yet, while the optimizer's count of steps goes on:
-        the first steps of Adam are up to three times as long for them.
+        the first steps of Adam are up to three times as long for them, and a schedule
+        that has decayed does not move them. To start the optimizer anew, with all that
+        was fitted, ``svi.init(key, batch, init_params=svi.get_params(state))``. Train
+        on old rows, too, or the globals follow the new ones alone.
 
         A guide of your own must take the size of its plates from its arguments.
 
