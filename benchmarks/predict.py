@@ -1,10 +1,11 @@
 """Prediction: against vmapped JAX by hand, and in chunks against one call.
 
-``python -m benchmarks.predict WAY`` is a process of its own, for its memory.
+``python -m benchmarks.predict WAY ROWS TIMES`` is a process of its own, for its memory.
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,25 +13,30 @@ import jax
 import numpy as np
 import optax
 
-from numpyro_dynamic_subsample import Minibatch, SubsampleSVI, minibatch
+from numpyro_dynamic_subsample import Minibatch, minibatch
 
-from .pairs import Case, Found, Row, agree, in_turns, run, seconds
+from .pairs import Row, agree, in_turns, run, seconds
 from .peer_scripts.record import peak_bytes
 from .rows import NOISE, conjugate_svi, observations
 
-CHUNK, DRAWS = 10_000, 100
+CHUNK, KEY = 10_000, jax.random.key(0)
 WAYS = ("chunks", "one call")
-OPTIONS: dict[str, Any] = {"return_sites": ["y"], "progress_bar": False}
 
 
-def batch(y: np.ndarray, own: np.ndarray) -> Minibatch:
-    return minibatch(y[own], rows={"rows": own})
+def predictor(total: int, first: np.ndarray) -> tuple[Any, Any, Any]:
+    """Return a function that predicts rows, one that makes batches, and parameters."""
+    y = observations(total)
+    svi = conjugate_svi(total, optax.adam(0.01), False)
 
+    def batch(rows: np.ndarray) -> Minibatch:
+        return minibatch(y[rows], rows={"rows": rows})
 
-def made(rows: int, first: np.ndarray) -> tuple[SubsampleSVI, dict[str, jax.Array]]:
-    svi = conjugate_svi(rows, optax.adam(0.01), False)
-    state = svi.init(jax.random.key(0), batch(observations(rows), first))
-    return svi, svi.get_params(state)
+    params = svi.get_params(svi.init(KEY, batch(first)))
+
+    def predict(draws: int, batches: Any) -> np.ndarray:
+        return svi.predict(KEY, params, batches, draws, ["y"], progress_bar=False)["y"]
+
+    return predict, batch, params
 
 
 @partial(jax.jit, static_argnums=3)
@@ -46,110 +52,66 @@ def by_hand(key: jax.Array, params: Any, rows: jax.Array, draws: int) -> jax.Arr
     return jax.vmap(one)(jax.random.split(key, draws))
 
 
-def against_by_hand(size: int, batches: int, draws: int, quick: bool) -> Found:
+def against_by_hand(size: int, batches: int, aim: float | None) -> Iterator[Row]:
     """Predict batch after batch, and bring all draws to the host."""
-    total, key = 1_000_000, jax.random.key(0)
-    choose = np.random.default_rng(0)
-    rows = [choose.integers(0, total, size, dtype="int32") for _ in range(batches)]
-    # Rows that are in a batch twice would be more work than by hand.
-    rows = [np.unique(own)[: size - size // 64] for own in rows]
-    svi, params = made(total, rows[0])
-    y = observations(total)
-    given = [batch(y, own) for own in rows]
-
-    def ours(given: list[Minibatch]) -> np.ndarray:
-        return svi.predict(key, params, given, draws, **OPTIONS)["y"]
+    total, draws, choose = 1_000_000, 1000, np.random.default_rng(0)
+    rows = [choose.choice(total, size, replace=False) for _ in range(batches)]
+    rows = [own.astype("int32") for own in rows]
+    predict, batch, params = predictor(total, rows[0])
+    given = [batch(own) for own in rows]
 
     def other(rows: list[np.ndarray]) -> np.ndarray:
-        keys = jax.random.split(key, len(rows))
-        found = [
-            by_hand(k, params, own, draws) for k, own in zip(keys, rows, strict=True)
-        ]
+        keys = jax.random.split(KEY, len(rows))
+        found = map(partial(by_hand, draws=draws), keys, [params] * len(rows), rows)
         return np.concatenate([np.asarray(own) for own in found], 1)
 
-    rounds = 2 if quick else 10
-    ways = {
-        "ours": partial(ours, given),
-        "by hand": partial(other, rows),
-        "ours, one": partial(ours, given[:1]),
-        "by hand, one": partial(other, rows[:1]),
-    }
-    agree({way: ways[way]().std() for way in ("ours", "by hand")}, tolerance=0.02)
-    took = {way: own * 1e3 for way, own in in_turns(ways, rounds, warm_up=1).items()}
-    case = f"{draws:,} draws of {len(rows[0]):,} rows"
-    against = "vmapped by hand"
-    return Found(
-        [
-            Row(
-                f"{case}, a batch of {batches}",
-                against,
-                "ms",
-                took["ours"] / batches,
-                took["by hand"] / batches,
-                # A few batches take less time than to trace model and guide.
-                None if quick else 1.5,
-            ),
-            Row(
-                f"{case}, one call",
-                against,
-                "ms",
-                took["ours, one"],
-                took["by hand, one"],
-                None,
-                "traced anew in each call",
-            ),
-        ],
-        {},
-    )
+    case = f"{draws:,} draws of {size:,} rows"
+    for count, label in ((batches, f"{batches:,} batches"), (1, "one batch")):
+        ways = {
+            "ours": partial(predict, draws, given[:count]),
+            "by hand": partial(other, rows[:count]),
+        }
+        agree({way: draw().std() for way, draw in ways.items()}, tolerance=0.03)
+        took = in_turns(ways, 10 if aim else 2, warm_up=1)
+        # One batch takes less time than to trace model and guide, in each call.
+        aim_here = aim if count > 1 else None
+        yield Row(f"{case}, {label}", "vmap by hand", "s", *took.values(), aim_here)
 
 
-def predict(way: str, rows: int, times: int) -> dict[str, Any]:
+def one_way(way: str, rows: int, times: int) -> dict[str, Any]:
     """Compile, predict some times, and say how much memory it took in all."""
-    y, key = observations(rows), jax.random.key(0)
     chunks = np.split(np.arange(rows), range(CHUNK, rows, CHUNK))
-    svi, params = made(rows, chunks[0])
-    given = [batch(y, own) for own in chunks]
-    batches = given if way == "chunks" else batch(y, np.arange(rows))
-
-    def draw() -> np.ndarray:
-        return svi.predict(key, params, batches, DRAWS, **OPTIONS)["y"]
-
-    before = peak_bytes()
-    spread = float(draw().std())
-    took = [seconds(draw) for _ in range(times)]
-    return {"seconds": took, "bytes": peak_bytes() - before, "spread": spread}
+    predict, batch, _ = predictor(rows, chunks[0])
+    made = [batch(own) for own in chunks]
+    given = made if way == WAYS[0] else batch(np.arange(rows))
+    before, deviation = peak_bytes(), float(predict(100, given).std())
+    took = [seconds(partial(predict, 100, given)) for _ in range(times)]
+    return {"seconds": took, "bytes": peak_bytes() - before, "deviation": deviation}
 
 
-def compare(rows: int, times: int) -> Found:
+def in_chunks(rows: int, times: int) -> Iterator[Row]:
     command = [sys.executable, "-m", "benchmarks.predict"]
-    found = {way: run([*command, way, str(rows), str(times)]) for way in WAYS}
-    agree({way: own["spread"] for way, own in found.items()}, tolerance=0.01)
-    ours, other = (found[way] for way in WAYS)
-    case = f"{DRAWS} draws of {rows:,} rows in chunks of {CHUNK:,}"
-    took = (np.array(own["seconds"]) for own in (ours, other))
-    memory = (own["bytes"] / 2**20 for own in (ours, other))
-    return Found(
-        [
-            Row(case, WAYS[1], "s", *took, 1.2),
-            Row(f"peak memory, {case}", WAYS[1], "MiB", *memory),
-        ],
-        {},
+    found = [run([*command, way, str(rows), str(times)]) for way in WAYS]
+    agree(
+        dict(zip(WAYS, (own["deviation"] for own in found), strict=True)),
+        tolerance=0.01,
     )
+    case = f"100 draws of {rows:,} rows, {CHUNK:,} in a batch"
+    for label, key, unit, aim in (
+        (case, "seconds", "s", 1.2),
+        (f"{case}, peak memory", "bytes", "bytes", None),
+    ):
+        yield Row(label, "one batch", unit, *(own[key] for own in found), aim)
 
 
-def cases(quick: bool) -> list[Case]:
-    sizes = {16: 10, 256: 4} if quick else {16: 1000, 256: 100, 4096: 10}
-    found = [
-        Case(
-            f"prediction of {size} rows",
-            partial(against_by_hand, size, batches, 1000, quick),
-        )
-        for size, batches in sizes.items()
-    ]
-    rows, times = (20_000, 1) if quick else (400_000, 5)
-    return [*found, Case("prediction", partial(compare, rows, times))]
+def cases(quick: bool) -> Iterator[Row]:
+    # With few batches, tracing shows.
+    sizes = {16: 10} if quick else {16: 1000, 256: 100, 4096: 10}
+    for size, batches in sizes.items():
+        yield from against_by_hand(size, batches, None if quick else 1.5)
+    yield from in_chunks(*(20_000, 1) if quick else (400_000, 5))
 
 
 if __name__ == "__main__":
     way, rows, times = sys.argv[1:]
-    print(json.dumps(predict(way, int(rows), int(times))))
+    print(json.dumps(one_way(way, int(rows), int(times))))

@@ -5,9 +5,7 @@
 
 import json
 import sys
-import tempfile
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,19 +20,17 @@ from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 
-from .pairs import Case, Found, Row, agree, run, seconds
+from .pairs import Row, agree, run, seconds
 
 AGAINST = "create_plates"
-USERS, ITEMS, FACTORS = 600, 300, 4
-BATCH = 64
-WAYS = {"ordinary": 0.5, "row-wise": 0.6, "padded": None}  # and targets
+SIZES, FACTORS, BATCH = {"users": 600, "items": 300}, 4, 64
+AIMS = {"ordinary": 0.5, "row-wise": 0.6, "padded": None}
 
 
 def plates(y: Any) -> list[Any]:
-    users, items = y.shape
     return [
-        numpyro.plate("users", USERS, subsample_size=users, dim=-2),
-        numpyro.plate("items", ITEMS, subsample_size=items, dim=-1),
+        numpyro.plate(name, SIZES[name], subsample_size=count, dim=dim)
+        for name, count, dim in zip(SIZES, y.shape, (-2, -1), strict=True)
     ]
 
 
@@ -53,14 +49,12 @@ def model(y: Any) -> None:
 
 def first_step(way: str) -> dict[str, float]:
     """Initialise and take a step."""
-    draw = np.random.default_rng(0)
-    # A batch that is padded to its own size is that of the others.
+    draw, key = np.random.default_rng(0), jax.random.key(0)
     y = draw.normal(size=(BATCH, BATCH)).astype("float32")
     rows = {
         name: draw.choice(size, BATCH, replace=False).astype("int32")
-        for name, size in (("users", USERS), ("items", ITEMS))
+        for name, size in SIZES.items()
     }
-    key = jax.random.key(0)
     losses = []
 
     def by_hand() -> Any:
@@ -76,13 +70,9 @@ def first_step(way: str) -> dict[str, float]:
         return state, update, (y, rows)
 
     def ours() -> Any:
-        svi = SubsampleSVI(
-            model,
-            AutoNormal(model),
-            optax.adam(0.01),
-            Trace_ELBO(),
-            rowwise=way == "row-wise",
-        )
+        guide, optimizer, wise = AutoNormal(model), optax.adam(0.01), way == "row-wise"
+        svi = SubsampleSVI(model, guide, optimizer, Trace_ELBO(), rowwise=wise)
+        # A batch that is padded to its own size is that of the others.
         capacity = BATCH if way == "padded" else None
         along = {"users": 0, "items": {0: 1}}
         batch = minibatch(y, rows=rows, along=along, capacity=capacity)
@@ -97,45 +87,19 @@ def first_step(way: str) -> dict[str, float]:
     return {"seconds": seconds(start), "loss": float(losses[0])}
 
 
-def compare(ways: tuple[str, ...], rounds: int, again: int) -> Found:
-    """Start processes in turns; then some that find all compiled."""
-    took: dict[str, list[float]] = {}
+def cases(quick: bool) -> Iterator[Row]:
+    """Start processes in turns."""
+    aims = {"row-wise": AIMS["row-wise"]} if quick else AIMS
+    took: dict[str, list[float]] = {way: [] for way in (AGAINST, *aims)}
     losses: dict[str, float] = {}
-
-    def measure(way: str, label: str, caches: Path | None = None) -> None:
-        found = run([sys.executable, "-m", "benchmarks.start", way], caches)
-        took.setdefault(label, []).append(found["seconds"])
-        losses[way] = found["loss"]
-
-    for _ in range(rounds):
-        for way in (AGAINST, *ways):
-            measure(way, way)
-    with tempfile.TemporaryDirectory() as name:
-        for number in range(again + 1 if again else 0):
-            label = "again" if number else "into the cache"
-            measure(ways[0], label, Path(name))
+    for _ in range(1 if quick else 5):
+        for way, own in took.items():
+            found = run([sys.executable, "-m", "benchmarks.start", way])
+            own.append(found["seconds"])
+            losses[way] = found["loss"]
     agree(losses)
-    pairs = [(way, way, AGAINST) for way in ways]
-    if again:
-        label = f"{ways[0]}, with JAX's persistent cache"
-        pairs.append((label, "again", ways[0]))
-    rows = [
-        Row(
-            f"first step, {label}",
-            other,
-            "s",
-            *map(np.array, (took[way], took[other])),
-            WAYS.get(label),
-        )
-        for label, way, other in pairs
-    ]
-    return Found(rows, {})
-
-
-def cases(quick: bool) -> list[Case]:
-    ways = tuple(WAYS)
-    some = (ways[1:2], 1, 0) if quick else (ways, 5, 5)
-    return [Case("matrix factorisation", partial(compare, *some))]
+    for way, aim in aims.items():
+        yield Row(f"first step, {way}", AGAINST, "s", took[way], took[AGAINST], aim)
 
 
 if __name__ == "__main__":
