@@ -24,24 +24,21 @@ class Peer(NamedTuple):
     name: str
     module: str
     note: str
-    arguments: tuple[str, ...] = ()
     epochs: int = EPOCHS
 
 
 PEERS = (
     Peer("Pyro", "pyro", "the same ragged batches, eager"),
     Peer(
-        "PyMC, pm.Minibatch",
+        "PyMC",
         "pymc",
-        "batches of ratings, all of one size, and all students in every step",
-        ("minibatch",),
+        "pm.Minibatch: as many ratings in each batch, all students in every step",
         4 * EPOCHS,  # with as few as the others it is far off
     ),
-    Peer("PyMC, full batch", "pymc", "a step is on all ratings", ("full",)),
 )
 
 
-def fits(python: str, script: str, quick: bool, epochs: int, *more: str) -> list[dict]:
+def fits(python: str, script: str, quick: bool, epochs: int) -> list[dict]:
     """Fit twice, of which only the first has to compile."""
     everything = load()(np.arange(STUDENTS)).kwargs
     orders = [np.concatenate(parts_of(n)) for n in range(2 if quick else epochs)]
@@ -60,7 +57,7 @@ def fits(python: str, script: str, quick: bool, epochs: int, *more: str) -> list
         path = folder / "insteval.npz"
         np.savez(path, **data._asdict())
         module = f"benchmarks.peer_scripts.with_{script}"
-        command = [python, "-m", module, str(path), *more]
+        command = [python, "-m", module, str(path)]
         return [run(command, folder) for _ in range(2)]
 
 
@@ -93,8 +90,6 @@ def compare(
         ends = f"in the end {' and '.join(apart)} off"
         case = f"within {WITHIN} % of lme4{again}"
         yield Row(case, label, "s", *map(seconds_to_agree, found), None, ends)
-    memory = (own[0]["peak_bytes"] for own in (ours, theirs))
-    yield Row("peak memory of the process", label, "bytes", *memory)
 
 
 def works(command: list[str]) -> bool:
@@ -104,9 +99,9 @@ def works(command: list[str]) -> bool:
 
 def cases(quick: bool, python: str = sys.executable) -> Iterator[Row]:
     ours = fits(sys.executable, "ours", quick, EPOCHS)
-    for name, module, note, arguments, epochs in PEERS:
+    for name, module, note, epochs in PEERS:
         if works([python, "-c", f"import {module}"]):
-            theirs = fits(python, module, quick, epochs, *arguments)
+            theirs = fits(python, module, quick, epochs)
             yield from compare(name, ours, theirs, note)
         else:
             yield Row("InstEval", name, note="skipped, as it is not installed")

@@ -1,10 +1,5 @@
-"""Prediction: against vmapped JAX by hand, and in chunks against one call.
+"""Prediction: against vmapped JAX by hand, and in batches against one call."""
 
-``python -m benchmarks.predict WAY ROWS TIMES`` is a process of its own, for its memory.
-"""
-
-import json
-import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,30 +8,12 @@ import jax
 import numpy as np
 import optax
 
-from numpyro_dynamic_subsample import Minibatch, minibatch
+from numpyro_dynamic_subsample import minibatch
 
-from .pairs import Row, agree, in_turns, run, seconds
-from .peer_scripts.record import peak_bytes
+from .pairs import Row, agree, in_turns
 from .rows import NOISE, conjugate_svi, observations
 
-CHUNK, KEY = 10_000, jax.random.key(0)
-WAYS = ("chunks", "one call")
-
-
-def predictor(total: int, first: np.ndarray) -> tuple[Any, Any, Any]:
-    """Return a function that predicts rows, one that makes batches, and parameters."""
-    y = observations(total)
-    svi = conjugate_svi(total, optax.adam(0.01), False)
-
-    def batch(rows: np.ndarray) -> Minibatch:
-        return minibatch(y[rows], rows={"rows": rows})
-
-    params = svi.get_params(svi.init(KEY, batch(first)))
-
-    def predict(draws: int, batches: Any) -> np.ndarray:
-        return svi.predict(KEY, params, batches, draws, ["y"], progress_bar=False)["y"]
-
-    return predict, batch, params
+KEY = jax.random.key(0)
 
 
 @partial(jax.jit, static_argnums=3)
@@ -52,66 +29,62 @@ def by_hand(key: jax.Array, params: Any, rows: jax.Array, draws: int) -> jax.Arr
     return jax.vmap(one)(jax.random.split(key, draws))
 
 
-def against_by_hand(size: int, batches: int, aim: float | None) -> Iterator[Row]:
-    """Predict batch after batch, and bring all draws to the host."""
-    total, draws, choose = 1_000_000, 1000, np.random.default_rng(0)
-    rows = [choose.choice(total, size, replace=False) for _ in range(batches)]
-    rows = [own.astype("int32") for own in rows]
-    predict, batch, params = predictor(total, rows[0])
-    given = [batch(own) for own in rows]
+class Prediction:
+    """Draws of the data of rows, batch after batch, which all come to the host."""
 
-    def other(rows: list[np.ndarray]) -> np.ndarray:
+    def __init__(self, total: int, draws: int, first: np.ndarray) -> None:
+        self.y, self.draws = observations(total), draws
+        self.svi = conjugate_svi(total, optax.adam(0.01), False)
+        self.params = self.svi.get_params(self.svi.init(KEY, self.batch(first)))
+
+    def batch(self, rows: np.ndarray) -> Any:
+        return minibatch(self.y[rows], rows={"rows": rows})
+
+    def ours(self, batches: Any) -> np.ndarray:
+        return self.svi.predict(
+            KEY, self.params, batches, self.draws, ["y"], progress_bar=False
+        )["y"]
+
+    def other(self, rows: list[np.ndarray]) -> np.ndarray:
         keys = jax.random.split(KEY, len(rows))
-        found = map(partial(by_hand, draws=draws), keys, [params] * len(rows), rows)
-        return np.concatenate([np.asarray(own) for own in found], 1)
+        drawn = (
+            by_hand(key, self.params, own, self.draws)
+            for key, own in zip(keys, rows, strict=True)
+        )
+        return np.concatenate([np.asarray(own) for own in drawn], 1)
 
-    case = f"{draws:,} draws of {size:,} rows"
-    for count, label in ((batches, f"{batches:,} batches"), (1, "one batch")):
+
+def against_by_hand(size: int, batches: int, quick: bool) -> Iterator[Row]:
+    total, choose = 1_000_000, np.random.default_rng(0)
+    order = choose.permutation(total).astype("int32")
+    rows = np.split(order[: batches * size], batches)
+    prediction = Prediction(total, 1000, rows[0])
+    # One batch takes less time than to trace model and guide, which each call does.
+    for count, aim in ((batches, None if quick else 1.5), (1, None)):
+        given = list(map(prediction.batch, rows[:count]))
         ways = {
-            "ours": partial(predict, draws, given[:count]),
-            "by hand": partial(other, rows[:count]),
+            "ours": partial(prediction.ours, given),
+            "by hand": partial(prediction.other, rows[:count]),
         }
         agree({way: draw().std() for way, draw in ways.items()}, tolerance=0.03)
-        took = in_turns(ways, 10 if aim else 2, warm_up=1)
-        # One batch takes less time than to trace model and guide, in each call.
-        aim_here = aim if count > 1 else None
-        yield Row(f"{case}, {label}", "vmap by hand", "s", *took.values(), aim_here)
+        took = in_turns(ways, 2 if quick else 10, warm_up=1)
+        case = f"1,000 draws, {count:,} times {size:,} rows"
+        yield Row(case, "vmap by hand", "s", *took.values(), aim)
 
 
-def one_way(way: str, rows: int, times: int) -> dict[str, Any]:
-    """Compile, predict some times, and say how much memory it took in all."""
-    chunks = np.split(np.arange(rows), range(CHUNK, rows, CHUNK))
-    predict, batch, _ = predictor(rows, chunks[0])
-    made = [batch(own) for own in chunks]
-    given = made if way == WAYS[0] else batch(np.arange(rows))
-    before, deviation = peak_bytes(), float(predict(100, given).std())
-    took = [seconds(partial(predict, 100, given)) for _ in range(times)]
-    return {"seconds": took, "bytes": peak_bytes() - before, "deviation": deviation}
-
-
-def in_chunks(rows: int, times: int) -> Iterator[Row]:
-    command = [sys.executable, "-m", "benchmarks.predict"]
-    found = [run([*command, way, str(rows), str(times)]) for way in WAYS]
-    agree(
-        dict(zip(WAYS, (own["deviation"] for own in found), strict=True)),
-        tolerance=0.01,
-    )
-    case = f"100 draws of {rows:,} rows, {CHUNK:,} in a batch"
-    for label, key, unit, aim in (
-        (case, "seconds", "s", 1.2),
-        (f"{case}, peak memory", "bytes", "bytes", None),
-    ):
-        yield Row(label, "one batch", unit, *(own[key] for own in found), aim)
+def in_batches(total: int, size: int, rounds: int) -> Row:
+    rows = np.split(np.arange(total), range(size, total, size))
+    prediction = Prediction(total, 100, rows[0])
+    ways = {
+        "in batches": partial(prediction.ours, list(map(prediction.batch, rows))),
+        "at once": partial(prediction.ours, prediction.batch(np.arange(total))),
+    }
+    agree({way: draw().std() for way, draw in ways.items()}, tolerance=0.01)
+    case = f"100 draws, {len(rows):,} times {size:,} rows"
+    return Row(case, "one batch", "s", *in_turns(ways, rounds, 1).values(), 1.2)
 
 
 def cases(quick: bool) -> Iterator[Row]:
-    # With few batches, tracing shows.
-    sizes = {16: 10} if quick else {16: 1000, 256: 100, 4096: 10}
-    for size, batches in sizes.items():
-        yield from against_by_hand(size, batches, None if quick else 1.5)
-    yield from in_chunks(*(20_000, 1) if quick else (400_000, 5))
-
-
-if __name__ == "__main__":
-    way, rows, times = sys.argv[1:]
-    print(json.dumps(one_way(way, int(rows), int(times))))
+    for size, batches in ((16, 10),) if quick else ((16, 1000), (256, 100), (4096, 10)):
+        yield from against_by_hand(size, batches, quick)
+    yield in_batches(*(20_000, 10_000, 1) if quick else (400_000, 10_000, 5))

@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from numpyro.contrib.module import flax_module
 from numpyro.handlers import block, substitute
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
@@ -25,9 +23,12 @@ from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 from . import insteval
 from .pairs import Row, Steps, agree, in_turns
 
-ROWS, FEATURES = 10_000, 8
 AGAINST = "create_plates"
-X = np.random.default_rng(0).normal(size=(ROWS, FEATURES)).astype("float32")
+KEY = jax.random.key(0)
+ADAM = optax.adam(0.01)
+ROWS = 10_000
+TABLE = {"users": 600, "items": 300}
+FACTORS = 4
 
 
 class Problem(NamedTuple):
@@ -36,46 +37,31 @@ class Problem(NamedTuple):
     model: Callable
     create_plates: Callable  # a correct one
     guide: Callable
-    arguments: Callable[[np.ndarray], tuple]  # of the model, for a batch of these rows
-    plate: str = "rows"
-    size: int = ROWS
+    sizes: dict[str, int]  # of the plates of which a batch holds some rows
+    arguments: Callable[..., tuple]  # of the model, for rows of these plates
+    along: Any = None
     loss: Any = Trace_ELBO()
 
 
 class Side(NamedTuple):
+    init: Callable
     step: Callable
-    state: Any
 
 
 def small(y: Any) -> None:
     mu: Any = numpyro.sample("mu", dist.Normal(0, 1))
-    with numpyro.plate("rows", ROWS, subsample_size=len(y)):
+    with small_plate(y):
         w: Any = numpyro.sample("w", dist.Normal(0, 1))
         z: Any = numpyro.sample("z", dist.Normal(mu, 1))
         numpyro.sample("y", dist.Normal(z + w, 0.5), obs=y)
 
 
-class Network(nn.Module):
-    out: int
-
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        for _ in range(2):
-            x = nn.tanh(nn.Dense(32)(x))
-        return nn.Dense(self.out)(x)
+def small_plate(y: Any) -> Any:
+    return numpyro.plate("rows", ROWS, subsample_size=len(y))
 
 
-def with_networks(x: Any) -> None:
-    before: Any = flax_module("before", Network(4), input_shape=(1, FEATURES))
-    after: Any = flax_module("after", Network(1), input_shape=(1, 4))
-    loc = before(x)
-    with numpyro.plate("rows", ROWS, subsample_size=len(x)):
-        z = numpyro.sample("z", dist.Normal(loc, 1).to_event(1))
-        numpyro.sample("y", dist.Normal(after(z)[:, 0], 0.5), obs=x.sum(1))
-
-
-def rows_plate(batch: Any) -> Any:
-    return numpyro.plate("rows", ROWS, subsample_size=len(batch))
+def small_data() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=ROWS).astype("float32")
 
 
 def guide_list(create_plates: Any = None) -> AutoGuideList:
@@ -94,64 +80,109 @@ def guide_list(create_plates: Any = None) -> AutoGuideList:
     return guide
 
 
+def factors(y: Any) -> None:
+    """Factorise a matrix, of which a batch holds some rows and columns."""
+    users, items = crossed_plates(y)
+    noise: Any = numpyro.sample("noise", dist.LogNormal(0, 1))
+    prior = dist.Normal(jnp.zeros(FACTORS), 1).to_event(1)
+    with users:
+        u: Any = numpyro.sample("u", prior)
+    with items:
+        v: Any = numpyro.sample("v", prior)
+    with users, items:
+        numpyro.sample("y", dist.Normal((u * v).sum(-1), noise), obs=y)
+
+
+def crossed_plates(y: Any) -> list[Any]:
+    return [
+        numpyro.plate(name, TABLE[name], subsample_size=count, dim=dim)
+        for name, count, dim in zip(TABLE, y.shape, (-2, -1), strict=True)
+    ]
+
+
+def factorisation() -> Problem:
+    y = np.random.default_rng(0).normal(size=tuple(TABLE.values())).astype("float32")
+    return Problem(
+        factors,
+        crossed_plates,
+        partial(AutoNormal, factors),
+        TABLE,
+        lambda users, items: (y[np.ix_(users, items)],),
+        along={"users": 0, "items": {0: 1}},
+    )
+
+
 def problems() -> dict[str, Problem]:
-    ratings = insteval.load()
+    ratings, y = insteval.load(), small_data()
+    of_small = {"rows": ROWS}, lambda rows: (y[rows],)
 
-    def of_students(rows: np.ndarray) -> tuple:
+    def of_students(students: np.ndarray) -> tuple:
         names = "rows", "students", "student", "lecturer", "y"
-        return tuple(map(ratings(rows).kwargs.get, names))
-
-    def column(rows: np.ndarray) -> tuple:
-        return (X[rows, 0],)
+        return tuple(map(ratings(students).kwargs.get, names))
 
     return {
-        "AutoGuideList": Problem(small, rows_plate, guide_list, column),
-        "AutoNormal": Problem(small, rows_plate, partial(AutoNormal, small), column),
-        "networks around the plate": Problem(
-            with_networks,
-            rows_plate,
-            partial(AutoNormal, with_networks),
-            lambda rows: (X[rows],),
+        "AutoGuideList": Problem(small, small_plate, guide_list, *of_small),
+        "AutoNormal": Problem(
+            small, small_plate, partial(AutoNormal, small), *of_small
         ),
+        "crossed plates": factorisation(),
         "InstEval": Problem(
             insteval.model,
             insteval.plates,
             insteval.guide,
+            {"students": insteval.STUDENTS},
             of_students,
-            "students",
-            insteval.STUDENTS,
-            insteval.LOSS,
+            loss=insteval.LOSS,
         ),
     }
 
 
-def sides(problem: Problem) -> dict[str, Side]:
-    optimizer = optax.adam(0.01)
-    svi = SubsampleSVI(problem.model, problem.guide(), optimizer, problem.loss)
+def our_side(problem: Problem, capacity: int | None = None, **options: Any) -> Side:
+    guide = problem.guide()
+    svi = SubsampleSVI(problem.model, guide, ADAM, problem.loss, **options)
+
+    def bundle(batch: tuple, rows: Any) -> Any:
+        return minibatch(*batch, rows=rows, along=problem.along, capacity=capacity)
+
+    return Side(
+        lambda *own: svi.init(KEY, bundle(*own)),
+        lambda state, *own: svi.update(state, bundle(*own)),
+    )
+
+
+def other_side(problem: Problem) -> Side:
     guide = problem.guide(create_plates=problem.create_plates)
-    plain = SVI(problem.model, guide, optimizer, problem.loss)
+    svi = SVI(problem.model, guide, ADAM, problem.loss)
 
-    def ours(state: Any, batch: tuple, rows: Any) -> Any:
-        return svi.update(state, minibatch(*batch, rows={problem.plate: rows}))
+    def init(batch: tuple, rows: Any) -> Any:
+        with substitute(data=jax.tree.map(jnp.asarray, rows)):
+            return svi.init(KEY, *batch)
 
-    def by_hand(state: Any, batch: tuple, rows: Any) -> Any:
-        with substitute(data={problem.plate: rows}):
-            return plain.update(state, *batch)
+    def step(state: Any, batch: tuple, rows: Any) -> Any:
+        with substitute(data=rows):
+            return svi.update(state, *batch)
 
+    return Side(init, step)
+
+
+def sides(problem: Problem) -> tuple[dict[str, Callable], dict[str, Any]]:
+    """Return the steps and the states of both sides."""
+    both = {"ours": our_side(problem), "by hand": other_side(problem)}
     # At full size, where plates by hand can start from given values, too.
-    everything = problem.arguments(np.arange(problem.size))
-    key = jax.random.key(0)
-    return {
-        "ours": Side(ours, svi.init(key, *everything)),
-        "by hand": Side(by_hand, plain.init(key, *everything)),
-    }
+    rows = {name: np.arange(size) for name, size in problem.sizes.items()}
+    everything = problem.arguments(**rows), rows
+    states = {name: side.init(*everything) for name, side in both.items()}
+    return {name: side.step for name, side in both.items()}, states
 
 
-def drawn(problem: Problem, size: int) -> tuple[Any, jax.Array]:
+def drawn(problem: Problem, count: int) -> tuple[tuple, dict[str, np.ndarray]]:
     """Draw a batch, and its rows."""
-    draw = np.random.default_rng(size)
-    rows = draw.choice(problem.size, size, replace=False).astype("int32")
-    return jax.tree.map(jnp.asarray, problem.arguments(rows)), jnp.asarray(rows)
+    draw = np.random.default_rng(count)
+    rows = {
+        name: draw.choice(size, count, replace=False).astype("int32")
+        for name, size in problem.sizes.items()
+    }
+    return problem.arguments(**rows), rows
 
 
 def costs(compiled: dict[str, Any]) -> str:
@@ -166,33 +197,34 @@ def costs(compiled: dict[str, Any]) -> str:
 
 
 def jitted(case: str, problem: Problem, size: int, rounds: int) -> Row:
-    both, batch = sides(problem), drawn(problem, size)
+    steps, states = sides(problem)
+    batch = jax.tree.map(jnp.asarray, drawn(problem, size))
     compiled = {
-        name: jax.jit(side.step).lower(side.state, *batch).compile()
-        for name, side in both.items()
+        name: jax.jit(step).lower(states[name], *batch).compile()
+        for name, step in steps.items()
     }
-    agree({n: compiled[n](side.state, *batch)[1] for n, side in both.items()})
-    ways = {n: Steps(compiled[n], side.state, [batch]) for n, side in both.items()}
+    agree({name: step(states[name], *batch)[1] for name, step in compiled.items()})
+    ways = {n: Steps(step, states[n], [batch]) for n, step in compiled.items()}
     took = in_turns(ways, rounds)
     return Row(case, AGAINST, "s", *took.values(), 1.05, costs(compiled))
 
 
 def first_call(case: str, problem: Problem, rounds: int) -> Row:
-    both = sides(problem)
-    steps = {name: jax.jit(side.step) for name, side in both.items()}
+    steps, states = sides(problem)
+    jitted = {name: jax.jit(step) for name, step in steps.items()}
     # Every size is new to JAX, whoever takes it.
     batches = iter([drawn(problem, 150 + n) for n in range(2 * (rounds + 1))])
 
     def first(name: str) -> Any:
-        return steps[name].lower(both[name].state, *next(batches)).compile()
+        return jitted[name].lower(states[name], *next(batches)).compile()
 
-    took = in_turns({name: partial(first, name) for name in both}, rounds, warm_up=1)
+    took = in_turns({name: partial(first, name) for name in steps}, rounds, warm_up=1)
     return Row(case, AGAINST, "s", *took.values(), 1.05)
 
 
 def cases(quick: bool) -> Iterator[Row]:
     for name, problem in list(problems().items())[: 1 if quick else None]:
-        for size in (256,) if quick else (256, 2048):
+        for size in (256,) if quick else (64, 256):
             case = f"jitted step, {name}, {size:,} rows"
             yield jitted(case, problem, size, 50 if quick else 1000)
         case = f"first call at a new size, {name}"
