@@ -27,7 +27,7 @@ from .steps import ADAM, KEY, ROWS, small, small_data
 
 SIZE = 64  # of a batch of the small model
 BLOCK = 10  # epochs
-FIT, SCAN, STEP = "fit", "one scan", "a step at a time"
+FIT, SCAN, STEP = "fit", "one scan, batches on the device", "a step at a time"
 
 
 class Loop(NamedTuple):

@@ -132,6 +132,7 @@ def problems() -> dict[str, Problem]:
             insteval.guide,
             {"students": insteval.STUDENTS},
             of_students,
+            along={"ratings": (2, 3, 4)},
             loss=insteval.LOSS,
         ),
     }
