@@ -20,11 +20,11 @@ from typing import Any
 import jax
 
 from . import by_hand, fit, peers, predict, ragged, rows, start, steps
-from .pairs import HEADER, Row, line
+from .pairs import HEADER, Row, Series, line
 
 COMMITTED = Path(__file__).parent
-PACKAGES = ("numpyro-dynamic-subsample", "numpyro", "jax", "numpy", "optax", "flax")
-FAMILIES: dict[str, Callable[..., Iterator[Row]]] = {
+PACKAGES = ("numpyro-dynamic-subsample", "numpyro", "jax", "numpy", "optax")
+FAMILIES: dict[str, Callable[..., Iterator[Row | Series]]] = {
     "steps": steps.cases,
     "ragged": ragged.cases,
     "rows": rows.cases,
@@ -53,15 +53,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def measure(cases: Iterator[Row]) -> dict[str, Any]:
+def measure(cases: Iterator[Row | Series]) -> dict[str, Any]:
     """Print each row as soon as it is there, and keep all of them."""
-    where, started, found = environment(), time.perf_counter(), []
-    for row in cases:
-        found.append(row.record())
-        print(line(found[-1]), flush=True)
+    where, started = environment(), time.perf_counter()
+    rows, series = [], {}
+    for found in cases:
+        if isinstance(found, Row):
+            rows.append(found.record())
+            print(line(rows[-1]), flush=True)
+        else:
+            series = found
     jax.clear_caches()
     took = time.perf_counter() - started
-    return {"environment": where, "seconds": took, "rows": found}
+    return {"environment": where, "seconds": took, "rows": rows, "series": series}
 
 
 def main() -> None:
@@ -110,7 +114,7 @@ def main() -> None:
         ]
         (output / "RESULTS.md").write_text("\n".join(["# Results", *tables]) + "\n")
         if name in PICTURES:
-            PICTURES[name](results[name]["rows"], output)
+            PICTURES[name](results[name]["series"], output)
     missed = [
         f"{name}: {row['case']} against {row['against']}"
         for name in options.only

@@ -21,8 +21,8 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro_dynamic_subsample import Minibatch, SubsampleSVI, minibatch
 
 from .insteval import load, parts_of, subsample_svi
-from .pairs import Row, agree
-from .pictures import LOOKS, save, series, subplots
+from .pairs import Row, Series, agree
+from .pictures import LOOKS, save, subplots
 from .steps import ADAM, KEY, ROWS, small, small_data
 
 SIZE = 64  # of a batch of the small model
@@ -155,7 +155,7 @@ def by_steps(loop: Loop, epochs: int, lap: Clock) -> np.ndarray:
     return np.array(losses)
 
 
-def whole_fits(count: int) -> Iterator[Row]:
+def whole_fits(count: int) -> Iterator[Row | Series]:
     """Fit InstEval as the demo does, from the same start in each way."""
     clocks: dict[str, list[float]] = {}
     losses = {}
@@ -168,15 +168,15 @@ def whole_fits(count: int) -> Iterator[Row]:
     agree(losses)
     weights = [len(part) for part in parts_of(0)]
     mean = np.average(losses[FIT].reshape(count, -1), 1, weights)
-    kept = {"seconds": clocks, "loss": mean.tolist()}
     later = {way: np.diff(clock) for way, clock in clocks.items()}
     for way in (SCAN, STEP):
         first = clocks[FIT][0], clocks[way][0]
-        yield Row("first epoch, as the demo", way, "s", *first, series=kept)
+        yield Row("first epoch, as the demo", way, "s", *first)
         yield Row("later epochs, as the demo", way, "s", later[FIT], later[way])
+    yield {"seconds": clocks, "loss": mean.tolist()}
 
 
-def cases(quick: bool) -> Iterator[Row]:
+def cases(quick: bool) -> Iterator[Row | Series]:
     blocks = 1 if quick else 10
     if not quick:
         yield epochs("InstEval, batches made on the way", insteval(), blocks, 1.7)
@@ -187,9 +187,8 @@ def cases(quick: bool) -> Iterator[Row]:
     yield from whole_fits(10 if quick else 40)
 
 
-def draw(rows: list[dict[str, Any]], folder: Path) -> None:
+def draw(found: Series, folder: Path) -> None:
     """Draw the loss of epochs against time, without that of the first."""
-    found = series(rows)
     thousands = np.array(found["loss"]) / 1e3
     figure, (ax,) = subplots(1)
     for look, (way, clock) in zip(LOOKS, found["seconds"].items(), strict=True):

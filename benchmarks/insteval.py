@@ -9,7 +9,15 @@ from numpyro.infer import TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_dynamic_subsample import SubsampleSVI
-from numpyro_dynamic_subsample.__main__ import LECTURERS, LME4, STUDENTS, model, start
+from numpyro_dynamic_subsample.__main__ import (
+    LECTURERS,
+    LME4,
+    STUDENTS,
+    cut,
+    model,
+    shuffled,
+    start,
+)
 from numpyro_dynamic_subsample.__main__ import load as load
 
 BATCH_SIZE = 128  # students
@@ -19,8 +27,7 @@ LOSS = TraceMeanField_ELBO()
 
 def parts_of(epoch: int) -> list[np.ndarray]:
     """Return the students of each batch of an epoch."""
-    order = np.random.default_rng([0, epoch]).permutation(STUDENTS).astype("int32")
-    return np.split(order, range(BATCH_SIZE, STUDENTS, BATCH_SIZE))
+    return cut(shuffled(epoch, 0), BATCH_SIZE)
 
 
 def plates(rows: Any, *_: Any) -> list[Any]:

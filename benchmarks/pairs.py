@@ -22,6 +22,9 @@ UNITS = {
 }
 
 
+Series = dict[str, Any]  # what a picture shows
+
+
 class Row(NamedTuple):
     """Ours beside another way, in one unit of which less is better.
 
@@ -35,7 +38,6 @@ class Row(NamedTuple):
     other: Any = None
     aim: float | None = None  # ours over the other, at most
     note: str = ""
-    series: Any = None  # for a picture
 
     def record(self) -> dict[str, Any]:
         """Keep medians, and the least and the most."""

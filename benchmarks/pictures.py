@@ -25,11 +25,6 @@ def subplots(columns: int) -> tuple[Figure, list[Any]]:
     return figure, axes
 
 
-def series(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first series that rows have kept."""
-    return next(row["series"] for row in rows if "series" in row)
-
-
 def save(figure: Figure, path: Path) -> None:
     # Twice the width that a README shows, for screens with small pixels.
     figure.savefig(path, dpi=200)

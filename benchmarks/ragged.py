@@ -12,8 +12,8 @@ import optax
 from numpyro_dynamic_subsample import Minibatch, SubsampleSVI
 
 from .insteval import load, parts_of, subsample_svi
-from .pairs import Row, agree
-from .pictures import LOOKS, save, series, subplots
+from .pairs import Row, Series, agree
+from .pictures import LOOKS, save, subplots
 
 PER_SIZE, POWERS, ONE = (
     "a compilation per size",
@@ -48,7 +48,7 @@ def epoch(svi: SubsampleSVI, state: Any, batches: Iterable[Minibatch]) -> Epoch:
     return Epoch(clock, np.array(losses), compilations)
 
 
-def cases(quick: bool) -> Iterator[Row]:
+def cases(quick: bool) -> Iterator[Row | Series]:
     ratings = load()
     # The last batch, of fewer students, is among the steps of a short run, too.
     parts = parts_of(0)[-2 if quick else 0 :]
@@ -61,18 +61,18 @@ def cases(quick: bool) -> Iterator[Row]:
         for way, own in ways.items()
     }
     agree({way: own.losses for way, own in found.items()})
-    clocks = {way: own.clock for way, own in found.items()}
+    yield {way: own.clock for way, own in found.items()}
     ours = found[ONE]
     for way in (PER_SIZE, POWERS):
         note = f"{ours.compilations} and {found[way].compilations} compilations"
         took = ours.clock[-1], found[way].clock[-1]
-        yield Row("first epoch, InstEval", way, "s", *took, None, note, clocks)
+        yield Row("first epoch, InstEval", way, "s", *took, None, note)
 
 
-def draw(rows: list[dict[str, Any]], folder: Path) -> None:
+def draw(clocks: Series, folder: Path) -> None:
     """Draw how the seconds of a first epoch add up."""
     figure, (ax,) = subplots(1)
-    for look, (way, clock) in zip(LOOKS, series(rows).items(), strict=True):
+    for look, (way, clock) in zip(LOOKS, clocks.items(), strict=True):
         ax.semilogy(np.arange(1, len(clock) + 1), clock, label=way, **look)
     ax.set(
         title="First epoch of InstEval, in batches of many sizes",

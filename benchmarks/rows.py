@@ -19,8 +19,8 @@ from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 
-from .pairs import Row, Steps, agree, in_turns
-from .pictures import LOOKS, save, series, subplots
+from .pairs import Row, Series, Steps, agree, in_turns
+from .pictures import LOOKS, save, subplots
 
 WAYS = {"row-wise": True, "dense": False}
 BATCH = 256
@@ -68,7 +68,7 @@ def problem(rows: int, optimizer: Any, rowwise: bool) -> Problem:
     return Problem(update, svi.init(jax.random.key(0), first), batches)
 
 
-def against_size(sizes: list[int], rounds: int) -> Iterator[Row]:
+def against_size(sizes: list[int], rounds: int) -> Iterator[Row | Series]:
     """Time steps in turns for all sizes, and check that losses begin alike."""
     took: dict[str, list[np.ndarray]] = {}
     memory: dict[str, list[int]] = {}
@@ -87,9 +87,9 @@ def against_size(sizes: list[int], rounds: int) -> Iterator[Row]:
         took[way] = list(of_way.values())
     agree(first)
     medians = {way: np.median(of_way, 1).tolist() for way, of_way in took.items()}
-    kept = {"rows": sizes, "seconds": medians, "bytes": memory}
+    yield {"rows": sizes, "seconds": medians, "bytes": memory}
     for size, ours, other in zip(sizes, *took.values(), strict=True):
-        yield Row(f"step, N = {size:,}", "dense", "s", ours, other, series=kept)
+        yield Row(f"step, N = {size:,}", "dense", "s", ours, other)
     ours, dense = memory["row-wise"], memory["dense"]
     largest, smallest = f"N = {sizes[-1]:,}", f"row-wise, N = {sizes[0]:,}"
     times = took["row-wise"]
@@ -135,7 +135,7 @@ def recipe(batches: dict[int, int], lengths: tuple[int, ...]) -> Iterator[Row]:
     yield Row(large, small, "nats a row", of_large, of_small, 1.1)
 
 
-def cases(quick: bool) -> Iterator[Row]:
+def cases(quick: bool) -> Iterator[Row | Series]:
     if quick:
         yield from against_size([1000, 10_000], 50)
         yield from recipe({1000: 100, 10_000: 1000}, (5,))
@@ -144,9 +144,8 @@ def cases(quick: bool) -> Iterator[Row]:
         yield from recipe({20_000: 250, 1_000_000: 4000}, (50, 100))
 
 
-def draw(rows: list[dict[str, Any]], folder: Path) -> None:
+def draw(found: Series, folder: Path) -> None:
     """Draw time and temporary memory of a step against the rows of the plate."""
-    found = series(rows)
     figure, (left, right) = subplots(2)
     for look, way in zip(LOOKS, reversed(WAYS), strict=False):
         milliseconds = np.array(found["seconds"][way]) * 1e3
