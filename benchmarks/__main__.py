@@ -102,7 +102,8 @@ def main() -> None:
     output = options.output or (temporary if options.quick else COMMITTED)
     output.mkdir(parents=True, exist_ok=True)
     path = output / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    results = {name: kept[name] for name in FAMILIES if name in kept}
     families = FAMILIES | {"peers": partial(peers.cases, python=options.peers_python)}
     for name in options.only:
         print(f"\n## {name}\n\n{HEADER}", flush=True)
@@ -110,7 +111,8 @@ def main() -> None:
         path.write_text(json.dumps(results, indent=1) + "\n")
         tables = [
             f"\n## {name}\n\n{HEADER}\n" + "\n".join(map(line, results[name]["rows"]))
-            for name in filter(results.get, FAMILIES)
+            for name in FAMILIES
+            if name in results
         ]
         (output / "RESULTS.md").write_text("\n".join(["# Results", *tables]) + "\n")
         if name in PICTURES:

@@ -81,5 +81,5 @@ def draw(clocks: Series, folder: Path) -> None:
     )
     ax.set_yticks([1, 3, 10, 30, 100], labels=["1", "3", "10", "30", "100"])
     ax.minorticks_off()
-    ax.legend(loc="center right")
+    ax.legend(loc="center")
     save(figure, folder / "ragged.png")
