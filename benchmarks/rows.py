@@ -125,7 +125,7 @@ def recipe(batches: dict[int, int], lengths: tuple[int, ...]) -> Iterator[Row]:
             # A short memory of squares (b2) is for rows whose first step comes late:
             # Adam corrects its moments by one count of steps for all rows, and makes
             # the first steps of such rows up to six times as long with the usual one.
-            rate = optax.exponential_decay(0.2, epochs * rows // batch, 0.01)
+            rate = optax.exponential_decay(0.3, epochs * rows // batch, 0.01)
             ours = distance(rows, batch, epochs, optax.adam(rate, b2=0.99))
             case = f"recipe, N = {rows:,}, {epochs} epochs"
             against = f"constant step size, {lengths[-1]} epochs"
