@@ -43,7 +43,7 @@ from numpyro_dynamic_subsample import (
     dynamic_subsample,
     minibatch,
 )
-from numpyro_dynamic_subsample.effect import data_flow
+from numpyro_dynamic_subsample.effect import warn
 
 B = 4
 ROWS = np.array([5, 0, 3])
@@ -214,7 +214,7 @@ def test_error_instead_of_warning_stays_one():
 
 
 def test_copies_are_guides_of_their_own_and_none_is_kept():
-    before = len(data_flow._looked_at)
+    before = len(warn._looked_at)
     guide = dynamic_subsample(AutoNormal(sliced))
     other = copy.deepcopy(guide)
     for own in (guide, other):
@@ -224,7 +224,7 @@ def test_copies_are_guides_of_their_own_and_none_is_kept():
         assert len(given) == 1
     del own, guide, other
     gc.collect()
-    assert len(data_flow._looked_at) <= before
+    assert len(warn._looked_at) <= before
 
 
 def test_model_that_needs_concrete_values_is_left_alone():
