@@ -4,6 +4,7 @@ import copy
 import gc
 import warnings
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -294,8 +295,8 @@ def scaled_by(scale):
     return lambda groups: handlers.scale(scale=scale(groups))
 
 
-def own_plate(groups):
-    return numpyro.plate("ratings", 20, subsample_size=5)
+def own_plate(groups, size=10):
+    return numpyro.plate("ratings", size, subsample_size=5)
 
 
 GROUP, Y = jnp.array([0, 0, 1, 2, 2]), jnp.ones(5)
@@ -320,6 +321,11 @@ def test_data_of_groups_without_a_scale():
         assert part in message
 
 
+def test_scale_of_another_plate():
+    (message,) = warnings_of(of_groups(partial(own_plate, size=20)))
+    assert "the scale of its own plates, 4, and not that of 'groups', 2.667" in message
+
+
 def test_scale_that_cannot_follow_the_count():
     constant = of_groups(scaled_by(lambda groups: 8 / 3))
     assert warnings_of(constant) == []
@@ -329,7 +335,7 @@ def test_scale_that_cannot_follow_the_count():
 
 SCALED = {
     "by the groups": (scaled_by(lambda groups: 8 / groups), 3),
-    "a subsampled plate of its own": (own_plate, 3),
+    "a subsampled plate of its own": (own_plate, 4),
     "all groups": (plate_of_batch, N),
 }
 
