@@ -4,9 +4,9 @@ from importlib.metadata import version as _version
 
 from .batches.groups import RaggedGroups
 from .batches.minibatch import Minibatch, minibatch
-from .effect.data_flow import MisalignedSubsampleWarning, UnscaledSubsampleWarning
 from .effect.dynamic_subsample import dynamic_subsample
 from .effect.pin_rows import pin_rows
+from .effect.warn import MisalignedSubsampleWarning, UnscaledSubsampleWarning
 from .steps.fit import FitResult
 from .steps.subsample_svi import SubsampleSVI
 

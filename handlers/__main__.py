@@ -6,9 +6,8 @@ import argparse
 import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpyro.handlers import scale
 from numpyro.infer import TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoNormal
@@ -40,14 +38,13 @@ LME4 = {
 LME4_LOG_LIKELIHOOD = -118888.9
 TOLERANCE = 2  # percent
 QUICK_EPOCHS = 100
-SAVE_EVERY = 10  # epochs
 
 
 class Fit(NamedTuple):
     """What a fit has found, and what it took."""
 
     median: dict[str, np.ndarray]
-    losses: list[float]
+    losses: np.ndarray  # of each epoch
     seconds: float
     batch_sizes: list[tuple[int, int]]  # students and ratings, of all steps
     compilations: int
@@ -146,99 +143,31 @@ def cut(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return np.split(order, range(batch_size, STUDENTS, batch_size))
 
 
-def spread(tree: Any, devices: int) -> Any:
-    """Split leading axes over devices, where they have equal parts for all of them.
-
-    JAX then runs what is compiled for these arrays on all of the devices.
-    """
-    mesh = Mesh(jax.devices()[:devices], "rows")
-
-    def sharding(leaf: Any) -> NamedSharding:
-        shape = np.shape(leaf)
-        split = len(shape) > 0 and shape[0] % devices == 0
-        return NamedSharding(mesh, PartitionSpec(*["rows"][:split]))
-
-    return jax.device_put(tree, jax.tree.map(sharding, tree))
-
-
-def checkpoints(directory: Path) -> Any:
-    """Keep the newest two checkpoints of a fit in a directory."""
-    orbax = optional("orbax.checkpoint")
-    options = orbax.CheckpointManagerOptions(
-        save_interval_steps=SAVE_EVERY, max_to_keep=2, enable_async_checkpointing=False
-    )
-    return orbax.CheckpointManager(directory.absolute(), options=options)
-
-
-def newest(saved: Any, contents: Any) -> tuple[int, Any]:
-    """Restore the newest checkpoint that can be read, or (0, None) if there is none."""
-    for step in sorted(saved.all_steps(), reverse=True):
-        try:
-            return step, saved.restore(step, args=contents)
-        except Exception as error:  # its type depends on what was cut short
-            why = str(error).partition("\n")[0]
-            print(f"Checkpoint {step} in {saved.directory} is damaged: {why}")
-    if saved.all_steps():
-        raise SystemExit(f"Remove {saved.directory}: no checkpoint in it can be read.")
-    return 0, None
-
-
-def fit(
-    ratings: RaggedGroups,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    saved: Any = None,
-    devices: int = 1,
-) -> Fit:
+def fit(ratings: RaggedGroups, epochs: int, batch_size: int, seed: int) -> Fit:
     """Fit the model in mini-batches of students, shuffled anew for every epoch."""
     optax = optional("optax")
     started = time.perf_counter()
     steps_an_epoch = -(-STUDENTS // batch_size)
     schedule = optax.exponential_decay(0.02, epochs * steps_an_epoch, 0.01)
-    optimizer = optax.adam(schedule)
     guide = AutoNormal(model, init_loc_fn=init_to_value(values=start()))
-    svi = SubsampleSVI(model, guide, optimizer, TraceMeanField_ELBO())
+    svi = SubsampleSVI(model, guide, optax.adam(schedule), TraceMeanField_ELBO())
 
     # Students are shuffled twice: first to see how large the largest batch will be.
     # Where that cannot be seen, ratings.capacity(batch_size) is a bound.
     orders = (shuffled(epoch, seed) for epoch in range(epochs))
     parts = [part for order in orders for part in cut(order, batch_size)]
     batch_sizes = [(len(part), int(ratings.counts[part].sum())) for part in parts]
-    capacity = ratings.capacity(parts)
-    capacity["ratings"] += -capacity["ratings"] % devices  # JAX splits into equal parts
+    make = partial(ratings, capacity=ratings.capacity(parts))
 
     def of_epoch(epoch: int) -> Iterator[Minibatch]:
-        for part in cut(shuffled(epoch, seed), batch_size):
-            batch = ratings(part, capacity=capacity)
-            yield batch if devices == 1 else spread(batch, devices)
+        return map(make, cut(shuffled(epoch, seed), batch_size))
 
-    key = jax.random.key(seed)
-    state, done, losses = None, 0, np.zeros(epochs)
-    if saved is not None or devices > 1:
-        state = spread(svi.init(key, next(of_epoch(0))), devices)
-    if saved is not None:
-        args = optional("orbax.checkpoint").args
-        contents = {"state": state, "losses": losses}
-        done, restored = newest(saved, args.StandardRestore(contents))
-        if done:
-            state, losses = restored["state"], restored["losses"]
-            print(f"Resuming after epoch {done}, from {saved.directory}.")
-
-    def keep(epoch: int, state: Any, loss: float) -> None:
-        losses[epoch] = loss
-        if saved is not None:
-            contents = {"state": state, "losses": losses}
-            saved.save(epoch + 1, args=args.StandardSave(contents))
-
-    result = svi.fit(
-        key, of_epoch, epochs, state=state, initial_epoch=done, callback=keep
-    )
+    result = svi.fit(jax.random.key(seed), of_epoch, epochs)
     if result.stopped is not None:
-        raise SystemExit("Interrupted. With --checkpoint, the same command resumes.")
+        raise SystemExit("Interrupted.")
     median = jax.device_get(svi.guide.median(result.params))
     seconds = time.perf_counter() - started
-    return Fit(median, losses.tolist(), seconds, batch_sizes, result.compilations)
+    return Fit(median, result.epoch_losses, seconds, batch_sizes, result.compilations)
 
 
 def report(result: Fit, quick: bool = False) -> None:
@@ -271,7 +200,7 @@ def plot(result: Fit, ratings: RaggedGroups, path: Path) -> None:
     left, right = figure.subplots(1, 2)
 
     # Beside the first epochs, in which the loss drops most, the others look flat.
-    losses = np.array(result.losses) / 1e3
+    losses = result.losses / 1e3
     shown = np.arange(len(losses) // 30, len(losses))
     left.plot(shown + 1, losses[shown], "k", label="this fit")
     best = "lme4: minus the maximum log likelihood"
@@ -328,21 +257,6 @@ def picture(text: str) -> Path:
     return path
 
 
-def folder(text: str) -> Path:
-    """Be an argparse type: a directory that can be written to, made where missing."""
-    path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"'{path}' is not a directory")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"cannot write to '{path}': {error.strerror}"
-        ) from None
-
-
 def main(argv: list[str] | None = None) -> None:
     """Read the arguments, fit, and show what came out."""
     parser = argparse.ArgumentParser(
@@ -385,41 +299,11 @@ def main(argv: list[str] | None = None) -> None:
         help="draw the loss and the lecturers' effects to this .png, .pdf or .svg "
         "file (default: no picture)",
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=folder,
-        metavar="DIR",
-        help=f"save the fit in this directory every {SAVE_EVERY} epochs, and resume "
-        "one of the same length, batch size and seed from there (default: nowhere)",
-    )
-    parser.add_argument(
-        "--devices",
-        type=whole(1, 64),
-        default=1,
-        metavar="N",
-        help="split batches and, where their numbers have equal parts, students and "
-        "lecturers over so many devices; of a CPU, virtual ones (default: %(default)s)",
-    )
     options = parser.parse_args(argv)
-    if options.devices > 1:
-        # It is too late once JAX has started.
-        with suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", options.devices)
-    if options.devices > (there := len(jax.devices())):
-        kind = jax.default_backend()
-        parser.error(f"--devices: JAX has {there} ({kind}), not {options.devices}")
-
     epochs = QUICK_EPOCHS if options.quick else options.epochs
-    saved = None
-    if options.checkpoint is not None:
-        # Each fit has its own: the step size depends on their length.
-        name = f"epochs{epochs}-batch{options.batch_size}-seed{options.seed}"
-        saved = checkpoints(options.checkpoint / name)
     ratings = load()
     print(f"{epochs} epochs of {STUDENTS} students; JAX compiles during the first.")
-    result = fit(
-        ratings, epochs, options.batch_size, options.seed, saved, options.devices
-    )
+    result = fit(ratings, epochs, options.batch_size, options.seed)
     if options.plot is not None:
         plot(result, ratings, options.plot)
         print(f"Picture: {options.plot}")

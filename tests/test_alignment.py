@@ -46,7 +46,7 @@ from numpyro_dynamic_subsample import (
     UnscaledSubsampleWarning,
     dynamic_subsample,
 )
-from numpyro_dynamic_subsample.effect import data_flow
+from numpyro_dynamic_subsample.effect import warn
 
 B = 4
 STEPS = 60
@@ -511,7 +511,7 @@ def test_error_instead_of_warning_stays_one():
 
 
 def test_copies_are_guides_of_their_own_and_none_is_kept():
-    before = len(data_flow._looked_at)
+    before = len(warn._looked_at)
     guide = dynamic_subsample(AutoNormal(sliced))
     with warned():
         init(svi_of(sliced, guide))
@@ -521,7 +521,7 @@ def test_copies_are_guides_of_their_own_and_none_is_kept():
     init(svi_of(sliced, guide))
     del guide, other
     gc.collect()
-    assert len(data_flow._looked_at) <= before
+    assert len(warn._looked_at) <= before
 
 
 def test_model_that_needs_concrete_values_is_left_alone():

@@ -34,6 +34,7 @@ def of_students(**options):
     )
 
 
+@pytest.mark.filterwarnings("ignore:A batch has more rows:UserWarning")
 @given(
     students=st.lists(st.integers(0, 6), min_size=1, max_size=30),
     data=st.data(),

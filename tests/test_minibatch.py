@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -107,9 +108,13 @@ def test_plates_of_different_lengths():
     capacity=st.integers(1, 50) | st.just("powers of two"),
 )
 def test_a_capacity_is_a_step_that_ends_at_the_size_of_the_plate(count, size, capacity):
-    batch = minibatch(
-        np.arange(count), rows={"n": np.arange(count)}, capacity=capacity, size=size
-    )
+    with warnings.catch_warnings(record=True, action="always") as told:
+        batch = minibatch(
+            np.arange(count), rows={"n": np.arange(count)}, capacity=capacity, size=size
+        )
+    exceeds = capacity != "powers of two" and count > capacity
+    text = f"more rows of plate 'n' than its capacity of {capacity}, "
+    assert [text in str(warning.message) for warning in told] == [True] * exceeds
     powers = (2**power for power in itertools.count())
     steps = powers if capacity == "powers of two" else range(0, 100, capacity)
     room = next(step for step in steps if step >= count)

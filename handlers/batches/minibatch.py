@@ -15,6 +15,7 @@ from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
 from ..effect.internals import Tracer
 from ..effect.rows import check_rows, check_subsample_size
+from ..effect.warn import warn
 
 Capacity = int | Literal["powers of two"]
 POWERS_OF_TWO = "powers of two"
@@ -199,6 +200,11 @@ def minibatch(
         along one; if rows are not a vector of integers, are negative or beyond `size`;
         if a plate has no row, or what runs along it differs in length; if a capacity
         is none; if `along`, `capacity` or `size` name something that the batch lacks.
+
+    Warns
+    -----
+    UserWarning
+        Once for each plate and place, if a batch exceeds a capacity that is a number.
 
     Notes
     -----
@@ -523,6 +529,14 @@ def _room(plate: str, count: int, capacity: Any, size: int | None) -> int:
         and capacity > 0
     ):
         room = int(capacity) * -(-count // int(capacity))
+        if room > capacity:
+            warn(
+                f"A batch has more rows of plate '{plate}' than its capacity of "
+                f"{capacity}, and is padded to the next multiple of it. A step is "
+                "compiled for each multiple. For one compilation, give a capacity that "
+                "no batch exceeds.",
+                UserWarning,
+            )
     else:
         raise ValueError(
             f"The capacity of plate '{plate}' must be a whole number above 0 or "

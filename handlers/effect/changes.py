@@ -12,12 +12,12 @@ from numpyro.infer.autoguide import AutoGuide
 
 from . import internals
 from .calls import predicting
-from .data_flow import check_predictive
 from .given import GIVERS, taking_rows
 from .guides import call_guide
 from .internals import Handler, Tracer
 from .posterior import POSTERIOR_METHODS, call_posterior_method
 from .rows import check_subsample_size, take_pinned_rows
+from .warn import check_predictive
 
 _is_changed = False
 

@@ -20,11 +20,11 @@ from numpyro.infer.autoguide import (
 
 from . import internals
 from .calls import follow_model, hold_to_guide
-from .data_flow import looked_at, warn_of_call
 from .first_call import needs_whole_likelihood, set_up
 from .internals import CondIndepStackFrame, Handler
 from .reading import full_size
 from .rows import take_rows
+from .warn import looked_at, warn_of_call
 
 
 def model_of(guide: Any) -> Callable | None:

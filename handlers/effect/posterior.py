@@ -23,10 +23,10 @@ from numpyro.infer.autoguide import (
 
 from . import internals
 from .calls import follow_model, predicting
-from .data_flow import warn
 from .guides import is_served, mark_served, served
 from .reading import full_size
 from .rows import as_rows, take_rows
+from .warn import warn
 
 POSTERIOR_METHODS = (
     "sample_posterior",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..batches.minibatch import Minibatch
-from ..effect.data_flow import warn
+from ..effect.warn import warn
 
 # A dispatch takes some 0.1 ms on the host, most of what a step on a small batch takes
 # and nothing beside one on a large batch. So batches go together up to so many bytes.

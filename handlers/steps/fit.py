@@ -445,9 +445,7 @@ def _of_epoch(batches: Batches, epoch: int) -> Iterable[Any]:
     return batches if isinstance(batches, Iterable) else batches(epoch)
 
 
-def _checked(
-    given: Iterable[Any], epoch: int
-) -> tuple[Minibatch, Iterator[Minibatch]]:
+def _checked(given: Iterable[Any], epoch: int) -> tuple[Minibatch, Iterator[Minibatch]]:
     """Return the first batch of an epoch, and all of them."""
     batches = map(as_minibatch, given)
     for first in batches:

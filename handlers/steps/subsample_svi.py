@@ -18,11 +18,11 @@ from ..batches.minibatch import Minibatch
 from ..batches.padding import check_names, mask_padding
 from ..effect import internals
 from ..effect.calls import pinned_in_model
-from ..effect.data_flow import warn_of_score_functions
 from ..effect.dynamic_subsample import dynamic_subsample
 from ..effect.guides import makes_plates, refuse_create_plates
 from ..effect.internals import Tracer
 from ..effect.pin_rows import substitute_rows
+from ..effect.warn import warn_of_score_functions
 from .fit import fit
 from .grow import grown
 from .optimizers import check_goes_by_gradients
