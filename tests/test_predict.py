@@ -158,11 +158,13 @@ def test_unseen_rows_with_other_guides_and_names(guide_class, scope, count):
     first = minibatch(np.zeros(N), np.zeros(N), rows={f"{scope}n": np.arange(N)})
     svi, state = svi_of(scoped, guide_class(scoped), first=first)
     plate = f"{scope}n"
-    batch = minibatch(np.zeros(count), rows={plate: None})
-    draws = svi.predict(KEY, state, batch, num_samples=1000, unseen=[plate])
+    batches = [minibatch(np.zeros(count), rows={plate: None})] * 2
+    options = {"num_samples": 1000, "unseen": [plate], **QUIET}
+    draws = svi.predict(KEY, state, batches, **options)
     z, mu = draws[f"{scope}z"], draws[f"{scope}offset"] - 1
-    assert z.shape == draws[f"{scope}y"].shape == (1000, count)
+    assert z.shape == draws[f"{scope}y"].shape == (1000, 2 * count)
     assert_moments(z - mu[:, None], 0, 1)
+    assert_correlations(z - mu[:, None], np.eye(2 * count))
 
 
 def test_unseen_rows_of_a_plate_that_asks_for_no_size():
@@ -550,15 +552,17 @@ def test_a_callback_is_the_models_own():
         np.testing.assert_allclose(predicted(value), value, atol=0.1)
 
 
-def test_constants_of_equal_value_and_other_type_are_others(known):
-    def typed(x, constant=1):
-        is_bool = isinstance(constant, bool)
-        with numpyro.plate("n", N, subsample_size=len(x)):
-            numpyro.sample("y", dist.Normal(100.0 if is_bool else constant, 1e-3))
+def test_arguments_that_are_the_same_in_all_batches_are_values():
+    """Host code works on them, as in a step; equal ones of another type are others."""
 
-    svi = SubsampleSVI(
-        typed, lambda x, constant: None, optax.sgd(0.1), Trace_ELBO(), constant=1
-    )
+    def typed(x, constant, table):
+        loc = 100.0 if isinstance(constant, bool) else constant * len(set(table))
+        with numpyro.plate("n", N, subsample_size=len(x)):
+            numpyro.sample("y", dist.Normal(loc, 1e-3))
+
+    options = {"constant": 1, "table": np.array([3, 3])}
+    loss = Trace_ELBO()
+    svi = SubsampleSVI(typed, lambda *_, **__: None, optax.sgd(0.1), loss, **options)
     state = svi.init(KEY, whole())
     for constant, expected in ((1, 1.0), (True, 100.0), (1.0, 1.0), (2.0, 2.0)):
         svi.static_kwargs["constant"] = constant
@@ -618,7 +622,7 @@ class Encoder(nn.Module):
         return nn.Dropout(0.5, deterministic=False)(x)[..., 0]
 
 
-def encoded(x, y=None):
+def close_to_latents(x, y=None):
     with numpyro.plate("n", N, subsample_size=len(x)):
         z = numpyro.sample("z", dist.Normal(0, 1))
         numpyro.sample("y", dist.Normal(z, 1e-3), obs=y)
@@ -628,7 +632,7 @@ def test_losses_without_a_step_carry_the_mutable_state():
     """The loss of a step is computed with the same key, before it moves anything."""
     x = np.linspace(-1, 1, 4).astype("float32")
     batch = minibatch(x, x, rows={"n": None})
-    svi, state = svi_of(encoded, encoding, first=batch)
+    svi, state = svi_of(close_to_latents, encoding, first=batch)
     np.testing.assert_allclose(
         svi.evaluate(state, batch), svi.update(state, batch)[1], rtol=1e-5
     )
@@ -653,7 +657,7 @@ def test_networks_keep_their_state_and_drop_out_row_by_row():
     """With dropout, a row is 0 or twice its input, whatever the other rows are."""
     halves = [np.linspace(-1, 1, 4), np.linspace(-1, 1, 4)]
     batches = [minibatch(x.astype("float32"), rows={"n": None}) for x in halves]
-    svi, state = svi_of(encoded, encoding, first=batches[0])
+    svi, state = svi_of(close_to_latents, encoding, first=batches[0])
     options = {"num_samples": 2000, "return_sites": ["y"], **QUIET}
     y = svi.predict(KEY, state, batches, **options)["y"]
     assert_correlations(y, np.eye(8))
@@ -854,14 +858,10 @@ def test_errors(model, asked, message):
         svi.predict(KEY, state, batches, **{"num_samples": 2, **options, **QUIET})
 
 
-def of_rows(x, y=None):
-    with numpyro.plate("n", N, subsample_size=len(x)):
-        z = numpyro.sample("z", dist.Normal(0, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=y)
-
-
 def test_a_guide_that_needs_data_says_so():
-    svi, state = svi_of(of_rows, AutoSemiDAIS(of_rows, of_rows, K=2))
+    svi, state = svi_of(
+        close_to_latents, AutoSemiDAIS(close_to_latents, close_to_latents, K=2)
+    )
     with pytest.raises(ValueError, match=r"AutoSemiDAIS .* lacks those .*\['y'\]"):
         svi.predict(KEY, state, batch_of([1, 2]), num_samples=2)
     batch = minibatch(np.zeros(12), np.zeros(12), rows={"n": None})

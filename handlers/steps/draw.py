@@ -48,15 +48,6 @@ class Given(NamedTuple):
     made_up: dict[str, Any]  # rows of plates of which nobody says which they take
 
 
-def missing_params(names: Iterable[str]) -> ValueError:
-    """Say that parameters are missing."""
-    return ValueError(
-        f"The parameters lack {sorted(names)}, which guide or model have. Give what "
-        "fit or run has returned, a state, or parameters as get_params returns them "
-        "(these lack mutable state)."
-    )
-
-
 class _complete(Handler):
     """Makes up rows that nobody names, and refuses parameters that nobody gives.
 
@@ -108,7 +99,11 @@ class _complete(Handler):
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
         if self._missing:
-            raise missing_params(self._missing) from exc_value
+            raise ValueError(
+                f"The parameters lack {sorted(self._missing)}, which guide or model "
+                "have. Give what fit or run has returned, a state, or parameters as "
+                "get_params returns them (these lack mutable state)."
+            ) from exc_value
 
 
 class Draw:
@@ -144,12 +139,6 @@ class Draw:
         self.names_plates = bool(batch.rows or batch.counts)
         self.axes: dict[str, dict[str, int | None]] = {}
         self._parts = list(autoguides_in(svi.guide))
-        self._joint = {
-            name
-            for part in self._parts
-            if isinstance(part, AutoContinuous)
-            for name in internals.initial_values(part)
-        }
 
     def __call__(self, key: jax.Array, given: Given) -> dict[str, jax.Array]:
         given = jax.tree.map(jnp.asarray, given)
@@ -193,7 +182,13 @@ class Draw:
             (own, jax.random.fold_in(of_batches, given.number))
             for own, of_batches in zip(keys[::2], keys[1::2], strict=True)
         )
-        _, drawn = self._two_draws(guide, of_guide)
+        joint = {
+            name
+            for part in self._parts
+            if isinstance(part, AutoContinuous)
+            for name in internals.initial_values(part)
+        }
+        _, drawn = self._two_draws(guide, of_guide, joint)
         self.of_guide = set().union(*map(_plates_of, drawn.values()))
         for name, site in drawn.items():
             if _is_latent(site) and _plates_of(site).isdisjoint(request.unseen):
@@ -269,16 +264,19 @@ class Draw:
         return {name: jnp.arange(min(counts[name], sizes[name])) for name in unseen}
 
     def _two_draws(
-        self, run: Callable, keys: tuple[jax.Array, jax.Array]
+        self, run: Callable, keys: tuple, joint: Collection[str] = ()
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the latents that are not drawn for the batch alone, and all sites."""
+        """Return the latents outside of the batch's plates, and all sites.
+
+        Latents with a `joint` distribution over all rows are outside of them, too.
+        """
         sites = run(keys[0], {})
         self.plates |= self._taking_some()
         outside = {
             name: site["value"]
             for name, site in sites.items()
             if _is_latent(site)
-            and (name in self._joint or _plates_of(site).isdisjoint(self.plates))
+            and (name in joint or _plates_of(site).isdisjoint(self.plates))
         }
         return outside, run(keys[1], outside)
 

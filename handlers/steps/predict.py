@@ -7,7 +7,7 @@ one batch after another, and the rows are put together.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from ..effect import internals
 from ..effect.dynamic_subsample import dynamic_subsample
 from ..effect.guides import autoguides_in
 from ..effect.rows import check_rows
-from .draw import Draw, Given, Request, missing_params
+from .draw import Draw, Given, Request
 from .programs import compiled
 from .start import check_key
 
@@ -326,12 +326,11 @@ def _drawing_from_posteriors(
                     "svi.init(rng_key, batch) first."
                 )
             if isinstance(part, AutoLaplaceApproximation):
-                try:
+                # The call itself says which parameters are missing.
+                with suppress(KeyError):
                     with dynamic_subsample():
                         posterior = part.get_posterior(params)
-                except KeyError as error:
-                    raise missing_params(error.args) from error
-                changes.enter_context(internals.with_posterior(part, posterior))
+                    changes.enter_context(internals.with_posterior(part, posterior))
         yield
 
 
@@ -437,8 +436,9 @@ class _Program:
                         f"{self.draw.met.sizes[plate]}), {why}"
                     )
 
-    def _check_padding(self, padded: Collection[str]) -> None:
-        """Refuse sites that would bring padding back."""
+    @cached_property
+    def _made_from_rows(self) -> set[str]:
+        """Return the sites that are made from what may be padded."""
         given, taken = self._given._replace(params={}), self.draw.met.taken
         # What is as long as a padded plate is taken to be padded, too. What is drawn in
         # the plates of the batch is drawn by its number.
@@ -448,11 +448,15 @@ class _Program:
             for path, leaf in tree_flatten_with_path(given)[0]
             if not lengths.isdisjoint(np.shape(leaf)[:1])
         }
+        return {name for name, own in self._made_from.items() if own & of_batch}
+
+    def _check_padding(self, padded: Collection[str]) -> None:
+        """Refuse sites that would bring padding back."""
         for name, axes in self.draw.axes.items():
             why = None
             if found := [p for p in sorted(padded) if axes.get(p, 0) is None]:
                 why = f"has several axes that are as long as '{found[0]}' is"
-            elif self.draw.plates.isdisjoint(axes) and of_batch & self._made_from[name]:
+            elif self.draw.plates.isdisjoint(axes) and name in self._made_from_rows:
                 why = "depends on their rows, and has no axis for them"
             if why:
                 raise ValueError(
