@@ -154,6 +154,8 @@ class Draw:
         def sites_of(
             function: Callable, last: Any, rng_key: jax.Array, values: Mapping[str, Any]
         ) -> dict[str, Any]:
+            """Run guide or model, and give `values` to latents."""
+
             def give(msg: dict[str, Any]) -> Any:
                 return values.get(msg["name"]) if _is_latent(msg) else None
 

@@ -430,7 +430,7 @@ class _Program:
                 f"minibatch(..., rows={{'{plate}': rows}})."
             )
             for site, places in self._made_from.items():
-                if f".made_up['{plate}']" in places:
+                if f".made_up[{plate!r}]" in places:
                     raise ValueError(
                         f"Site '{site}' depends on the rows of plate '{plate}' (size "
                         f"{self.draw.met.sizes[plate]}), {why}"
