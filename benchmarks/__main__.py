@@ -1,8 +1,7 @@
 """Measure this library beside what one would use instead.
 
 What is compared takes turns, and is given by its median, least and most, without
-warm-up rounds. Long fits, and epochs that compile for minutes, are single runs. All
-results are waited for.
+warm-up rounds. First epochs and whole fits are single runs.
 """
 
 import argparse
@@ -12,23 +11,21 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm.auto import tqdm
 
 from . import by_hand, fit, peers, predict, ragged, rows, start, steps
-from .pairs import Case, read, table
+from .pairs import HEADER, Row, Series, line
 
 COMMITTED = Path(__file__).parent
-PACKAGES = ("numpyro-dynamic-subsample", "numpyro", "jax", "numpy", "optax", "flax")
-FAMILIES: dict[str, Callable[..., list[Case]]] = {
-    "steps": steps.jitted_cases,
-    "first": steps.first_cases,
+PACKAGES = ("numpyro-dynamic-subsample", "numpyro", "jax", "numpy", "optax")
+FAMILIES: dict[str, Callable[..., Iterator[Row | Series]]] = {
+    "steps": steps.cases,
     "ragged": ragged.cases,
     "rows": rows.cases,
     "fit": fit.cases,
@@ -37,45 +34,41 @@ FAMILIES: dict[str, Callable[..., list[Case]]] = {
     "start": start.cases,
     "peers": peers.cases,
 }
-PICTURES = {"ragged": ragged.draw, "rows": rows.draw}
+PICTURES = {"ragged": ragged.draw, "rows": rows.draw, "fit": fit.draw}
 
 
 def environment() -> dict[str, Any]:
     """Tell where and with what the times were taken."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [own.partition(": ")[2] for own in lines if own.startswith("model name")]
     return {
         "packages": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": processor(),
+        "processor": names[0] if names else platform.machine(),
         "cpus": os.cpu_count(),
         "device": jax.devices()[0].device_kind,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def measure(family: str, cases: list[Case]) -> dict[str, Any]:
-    found: list[dict[str, Any]] = []
-    series: dict[str, Any] = {}
+def measure(cases: Iterator[Row | Series]) -> dict[str, Any]:
+    """Print each row as soon as it is there, and keep all of them."""
     where, started = environment(), time.perf_counter()
-    bar = tqdm(cases, desc=family, unit="case")
-    for case in bar:
-        bar.set_postfix_str(case.name)
-        of_case = case.run()
-        found += [row.record() for row in of_case.rows]
-        series |= of_case.series
-        jax.clear_caches()
+    rows, series = [], {}
+    for found in cases:
+        if isinstance(found, Row):
+            rows.append(found.record())
+            print(line(rows[-1]), flush=True)
+        else:
+            series = found
+    jax.clear_caches()
     took = time.perf_counter() - started
-    return {"environment": where, "seconds": took, "rows": found, "series": series}
+    return {"environment": where, "seconds": took, "rows": rows, "series": series}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--only",
@@ -103,34 +96,35 @@ def main(argv: list[str] | None = None) -> None:
         metavar="PATH",
         help="a Python interpreter that has Pyro and PyMC (default: this one)",
     )
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
 
-    quick = options.quick
     temporary = Path(tempfile.gettempdir()) / "benchmarks-quick"
-    output = options.output or (temporary if quick else COMMITTED)
+    output = options.output or (temporary if options.quick else COMMITTED)
     output.mkdir(parents=True, exist_ok=True)
     path = output / "results.json"
-    results = read(path)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    results = {name: kept[name] for name in FAMILIES if name in kept}
     families = FAMILIES | {"peers": partial(peers.cases, python=options.peers_python)}
     for name in options.only:
-        results[name] = measure(name, families[name](quick))
+        print(f"\n## {name}\n\n{HEADER}", flush=True)
+        results[name] = measure(families[name](options.quick))
         path.write_text(json.dumps(results, indent=1) + "\n")
-        tables = {
-            name: table(results[name]["rows"]) for name in FAMILIES if name in results
-        }
-        text = "".join(f"\n## {name}\n\n{own}\n" for name, own in tables.items())
-        (output / "RESULTS.md").write_text(f"# Results\n{text}")
+        tables = [
+            f"\n## {name}\n\n{HEADER}\n" + "\n".join(map(line, results[name]["rows"]))
+            for name in FAMILIES
+            if name in results
+        ]
+        (output / "RESULTS.md").write_text("\n".join(["# Results", *tables]) + "\n")
         if name in PICTURES:
             PICTURES[name](results[name]["series"], output)
-        print(f"\n## {name}\n\n{tables[name]}\n", flush=True)
     missed = [
         f"{name}: {row['case']} against {row['against']}"
         for name in options.only
         for row in results[name]["rows"]
-        if row["met"] is False
+        if row.get("met") is False
     ]
-    print("\n".join(["Targets missed:", *missed] if missed else ["All targets met."]))
-    print(f"Written: {path}")
+    print("\n".join(["\nAims missed:", *missed] if missed else ["\nAll aims met."]))
+    print(f"Written: {output}")
 
 
 if __name__ == "__main__":

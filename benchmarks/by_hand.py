@@ -1,22 +1,19 @@
 """An epoch and a row-wise step, against the same estimator in JAX, without NumPyro."""
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.scipy.stats import norm
 
-from numpyro_dynamic_subsample import Minibatch, minibatch
-from numpyro_dynamic_subsample.__main__ import STUDENTS, cut, load
+from numpyro_dynamic_subsample import Minibatch
 
-from .insteval import BATCH_SIZE, STEPS, subsample_svi
-from .pairs import Case, Found, Row, Steps, agree, in_turns
-from .rows import BATCH, NOISE, conjugate_svi, observations
+from .insteval import STEPS, STUDENTS, load, parts_of, subsample_svi
+from .pairs import Row, Steps, agree, in_turns
+from .rows import NOISE, Problem, problem
 
 AGAINST = "JAX by hand"
 ADAM = optax.adam(0.01)
@@ -26,15 +23,6 @@ class State(NamedTuple):
     params: dict[str, jax.Array]  # unconstrained, as SVI's
     adam: Any
     key: jax.Array
-
-
-class Problem(NamedTuple):
-    """A program of both sides, with the state that both start from."""
-
-    ours: Callable
-    by_hand: Callable
-    state: Any  # of SVI
-    batches: list[tuple]
 
 
 def draw_keys(key: jax.Array, count: int) -> tuple[jax.Array, list[jax.Array]]:
@@ -59,9 +47,7 @@ def divergence(q: tuple, loc: Any, scale: Any) -> jax.Array:
     return 0.5 * (ratio + ((q[0] - loc) / scale) ** 2 - 1 - jnp.log(ratio))
 
 
-def ratings_loss(
-    params: dict[str, jax.Array], batch: Minibatch, keys: Any
-) -> jax.Array:
+def ratings_loss(params: dict[str, jax.Array], batch: Minibatch, keys: Any) -> Any:
     names = "rows", "students", "student", "lecturer", "y"
     rows, students, student_of, lecturer_of, y = map(batch.kwargs.get, names)
 
@@ -69,10 +55,9 @@ def ratings_loss(
         loc, scale = (leaf[rows] for leaf in normal(params, site))
         return (loc, scale), loc + scale * jax.random.normal(next(keys), loc.shape)
 
-    loss = jnp.zeros(())
     value = {}
     q, value["intercept"] = draw("intercept", ...)
-    loss += divergence(q, 3.0, 2.0)
+    loss = divergence(q, 3.0, 2.0)
     for site in ("sd_student", "sd_lecturer", "sd_residual"):
         q, log = draw(site, ...)
         value[site] = jnp.exp(log)
@@ -100,22 +85,13 @@ def ratings_step(state: State, batch: Minibatch) -> tuple[State, jax.Array]:
 
 def epoch() -> Problem:
     """Scan over the padded batches of InstEval."""
-    ratings = load()
-    order = np.random.default_rng(0).permutation(STUDENTS)
-    parts = cut(order, BATCH_SIZE)
+    ratings, parts = load(), parts_of(0)
     capacity = ratings.capacity(parts)
     steps = [ratings(part, capacity=capacity) for part in parts]
     svi = subsample_svi(ADAM)
     state = svi.init(jax.random.key(0), steps[0])
-
-    def ours(state: Any, steps: Minibatch) -> Any:
-        return jax.lax.scan(svi.update, state, steps)
-
-    def by_hand(state: State, steps: Minibatch) -> Any:
-        return jax.lax.scan(ratings_step, state, steps)
-
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
-    return Problem(ours, by_hand, state, [(stacked,)])
+    return Problem(partial(jax.lax.scan, svi.update), state, [(stacked,)])
 
 
 def row_loss(params: Any, y: Any, places: Any, key: Any) -> jax.Array:
@@ -148,80 +124,39 @@ def row_step(rows: int, state: State, y: Any, own: Any) -> tuple[State, jax.Arra
     return State(params, adam, key), value
 
 
-def row_wise(rows: int) -> Problem:
-    svi = conjugate_svi(rows, ADAM, True)
-    y = observations(rows)
-    draw = np.random.default_rng(1)
-    indices = [draw.integers(0, rows, BATCH, dtype="int32") for _ in range(64)]
-    batches = [(jnp.asarray(y[own]), jnp.asarray(own)) for own in indices]
-    state = svi.init(
-        jax.random.key(0), minibatch(batches[0][0], rows={"rows": indices[0]})
-    )
-
-    def ours(state: Any, y: Any, own: Any) -> Any:
-        return svi.update(state, minibatch(y, rows={"rows": own}))
-
-    return Problem(ours, partial(row_step, rows), state, batches)
-
-
 def compare(
-    make: Callable[[], Problem], name: str, rounds: int, times: int, warm_up: int
-) -> Found:
+    case: str, problem: Problem, by_hand: Callable, times: int, rounds: int
+) -> Iterator[Row]:
     """Compile both some times, and run them in turns."""
-    problem = make()
-    (_, (params, adam)), key = problem.state.optim_state, problem.state.rng_key
+    update, start, batches = problem
+    _, (params, adam) = start.optim_state
     sides = {
-        "ours": (problem.ours, problem.state),
-        "by hand": (problem.by_hand, State(params, adam, key)),
+        "ours": (update, start),
+        "by hand": (by_hand, State(params, adam, start.rng_key)),
     }
-    traced: dict[str, list[float]] = {side: [] for side in sides}
-    compiled: dict[str, Any] = {}
-
-    def trace(side: str) -> Any:
-        # A function that JAX has not seen.
-        run, state = partial(sides[side][0]), sides[side][1]
-        return jax.jit(run, donate_argnums=0).lower(state, *problem.batches[0])
+    ways: dict[str, Steps] = {}
 
     def compile_anew(side: str) -> None:
-        started = time.perf_counter()
-        lowered = trace(side)
-        traced[side].append(time.perf_counter() - started)
-        compiled[side] = lowered.compile()
+        run, state = sides[side]
+        # JAX has not seen a function that is made here.
+        jitted = jax.jit(partial(run), donate_argnums=0)
+        compiled = jitted.lower(state, *batches[0]).compile()
+        ways[side] = Steps(compiled, jax.tree.map(jnp.copy, state), batches)
 
-    first = in_turns(
-        {side: partial(compile_anew, side) for side in sides}, times, warm_up
-    )
-    ways = {
-        side: Steps(compiled[side], jax.tree.map(jnp.copy, state), problem.batches)
-        for side, (_, state) in sides.items()
-    }
-    for _ in range(3):
-        apart = agree({side: way()[1] for side, way in ways.items()})
-    took = in_turns(ways, rounds)
-    note = f"losses agree to {apart:.0e}"
-
-    def row(what: str, target: float | None, of_side: Any, note: str = "") -> Row:
-        milliseconds = (1e3 * np.array(of_side[side]) for side in sides)
-        return Row(f"{what}, {name}", AGAINST, "ms", *milliseconds, target, note)
-
-    traced = {side: of_side[warm_up:] for side, of_side in traced.items()}
-    compiling = {side: first[side] - traced[side] for side in sides}
-    return Found(
-        [
-            row("run", 1.05, took, note),
-            row("trace and lower", None, traced),
-            row("compile", 1.3, compiling),
-        ],
-        {},
-    )
-
-
-def cases(quick: bool) -> list[Case]:
     # Tracing for the first time fills caches of JAX, and is no measure.
-    measured = (20, 1, 0) if quick else (500, 7, 1)
-    problems = [(f"InstEval, an epoch of {STEPS} steps", epoch)]
+    calls = {side: partial(compile_anew, side) for side in sides}
+    compiling = in_turns(calls, times, warm_up=1)
+    for _ in range(3):
+        agree({side: way()[1] for side, way in ways.items()})
+    took = in_turns(ways, rounds)
+    yield Row(case, AGAINST, "s", *took.values(), 1.05)
+    yield Row(f"compilation, {case}", AGAINST, "s", *compiling.values(), 1.3)
+
+
+def cases(quick: bool) -> Iterator[Row]:
+    measured = (1, 20) if quick else (7, 500)
+    scan = partial(jax.lax.scan, ratings_step)
+    yield from compare(f"InstEval, an epoch of {STEPS} steps", epoch(), scan, *measured)
     for rows in (10_000,) if quick else (10_000, 1_000_000):
-        problems.append((f"row-wise step, N = {rows:,}", partial(row_wise, rows)))
-    return [
-        Case(name, partial(compare, make, name, *measured)) for name, make in problems
-    ]
+        ours, step = problem(rows, ADAM, True), partial(row_step, rows)
+        yield from compare(f"row-wise step, N = {rows:,}", ours, step, *measured)

@@ -1,130 +1,203 @@
-"""An epoch of ``fit`` beside one scan over batches that are on the device."""
+"""Epochs of ``fit`` beside those of one scan, whose batches wait on the device.
+
+Epochs of each way follow one another in blocks of ten, and blocks take turns.
+"""
 
 import io
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_dynamic_subsample import Minibatch, SubsampleSVI, minibatch
-from numpyro_dynamic_subsample.__main__ import cut, load, shuffled
 
-from .insteval import BATCH_SIZE, subsample_svi
-from .pairs import Case, Found, Row, agree
+from .insteval import load, parts_of, subsample_svi
+from .pairs import Row, Series, agree
+from .pictures import LOOKS, save, subplots
+from .steps import ADAM, KEY, ROWS, small, small_data
 
-ROWS = 10_000
-WARM_UP = 3  # epochs
-
-
-def small(y: Any) -> None:
-    mu: Any = numpyro.sample("mu", dist.Normal(0, 1))
-    with numpyro.plate("rows", ROWS, subsample_size=len(y)):
-        z = numpyro.sample("z", dist.Normal(mu, 1))
-        numpyro.sample("y", dist.Normal(z, 0.5), obs=y)
+SIZE = 64  # of a batch of the small model
+BLOCK = 10  # epochs
+FIT, SCAN, STEP = "fit", "one scan, batches on the device", "a step at a time"
 
 
 class Loop(NamedTuple):
     svi: SubsampleSVI
-    of_epoch: Callable[[int], Iterable[Minibatch]]
+    of_epoch: Callable[[int], Iterable[Minibatch]]  # which repeat after a block
+
+    def stacked(self) -> list[Minibatch]:
+        """Return the batches of each epoch of a block, on the device."""
+        epochs = [list(self.of_epoch(epoch)) for epoch in range(BLOCK)]
+        return [
+            jax.tree.map(lambda *own: jnp.asarray(np.stack(own)), *batches)
+            for batches in epochs
+        ]
+
+    def scan(self) -> Callable:
+        return jax.jit(partial(jax.lax.scan, self.svi.update), donate_argnums=0)
+
+    def init(self) -> Any:
+        return self.svi.init(KEY, next(iter(self.of_epoch(0))))
 
 
 def small_model() -> Loop:
     """Take small batches that wait in a list, so that the loop itself shows."""
-    y = np.random.default_rng(0).normal(size=ROWS).astype("float32")
-    parts = np.split(np.random.default_rng(1).permutation(ROWS), range(64, ROWS, 64))
-    made = [minibatch(y[rows], rows={"rows": rows}, capacity=64) for rows in parts]
-    svi = SubsampleSVI(small, AutoNormal(small), optax.adam(0.01), Trace_ELBO())
+    y = small_data()
+    order = np.random.default_rng(1).permutation(ROWS)
+    made = [
+        minibatch(y[rows], rows={"rows": rows}, capacity=SIZE)
+        for rows in np.split(order, range(SIZE, ROWS, SIZE))
+    ]
+    svi = SubsampleSVI(small, AutoNormal(small), ADAM, Trace_ELBO())
     return Loop(svi, lambda epoch: made)
 
 
 def insteval() -> Loop:
-    """Make the batches during the epoch, as the demo does."""
-    ratings, parts = load(), cut(shuffled(0, 0), BATCH_SIZE)
-    make = partial(ratings, capacity=ratings.capacity(parts))
-
-    def of_epoch(epoch: int) -> Iterable[Minibatch]:
-        return map(make, parts)
-
-    return Loop(subsample_svi(optax.adam(0.001)), of_epoch)
+    """Shuffle anew for each epoch, and make batches on the way, as the demo does."""
+    ratings, parts = load(), [parts_of(epoch) for epoch in range(BLOCK)]
+    most = ratings.capacity(part for of_epoch in parts for part in of_epoch)
+    make = partial(ratings, capacity=most)
+    svi = subsample_svi(optax.adam(0.005))
+    return Loop(svi, lambda epoch: map(make, parts[epoch % BLOCK]))
 
 
-def insteval_made_before() -> Loop:
+def made_before() -> Loop:
     svi, of_epoch = insteval()
-    made = list(of_epoch(0))
-    return Loop(svi, lambda epoch: made)
+    made = [list(of_epoch(epoch)) for epoch in range(BLOCK)]
+    return Loop(svi, lambda epoch: made[epoch % BLOCK])
 
 
 def epochs(
-    make: Callable[[], Loop],
     case: str,
-    rounds: int,
-    target: float | None = None,
+    loop: Loop,
+    blocks: int,
+    aim: float | None = None,
     together: int | None = None,
-) -> Found:
-    """Let epochs of ``fit`` take turns, in its callback, with those of one scan.
-
-    All batches of the scan are on the device, stacked.
-    """
-    svi, of_epoch = make()
-    key = jax.random.key(0)
-    made = list(of_epoch(0))
-    stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *made)
-    scan = jax.jit(lambda state: jax.lax.scan(svi.update, state, stacked))
-    by_scan = {"state": svi.init(key, made[0]), "losses": []}
-    times: dict[str, list[float]] = {"fit": [], "scan": []}
+) -> Row:
+    """Let blocks of a scan run in the callback of ``fit``."""
+    stacks, scan, state = loop.stacked(), loop.scan(), loop.init()
+    times: dict[str, list[float]] = {FIT: [], SCAN: []}
+    scanned = []
     began = time.perf_counter()
 
-    def callback(*_: Any) -> None:
+    def lap(way: str) -> None:
         nonlocal began
-        times["fit"].append(time.perf_counter() - began)
-        began = time.perf_counter()
-        by_scan["state"], losses = scan(by_scan["state"])
-        jax.block_until_ready(losses)
-        times["scan"].append(time.perf_counter() - began)
-        by_scan["losses"].append(losses)
-        began = time.perf_counter()
+        now = time.perf_counter()
+        times[way].append((now - began) / BLOCK)
+        began = now
 
-    # The bar is part of what is timed, and would cut through that of the cases.
+    def callback(epoch: int, *_: Any) -> None:
+        nonlocal state
+        if (epoch + 1) % BLOCK:
+            return
+        lap(FIT)
+        for stacked in stacks:
+            state, losses = scan(state, stacked)
+            scanned.append(np.asarray(losses))
+        lap(SCAN)
+
+    # The bar is part of what is timed, and would cut through the table.
     with redirect_stderr(io.StringIO()):
-        result = svi.fit(
-            key,
-            of_epoch,
-            WARM_UP + rounds,
+        result = loop.svi.fit(
+            KEY,
+            loop.of_epoch,
+            BLOCK * (1 + blocks),  # the first block compiles
             callback=callback,
             steps_per_dispatch=together,
         )
-    losses = {"fit": result.losses, "scan": np.concatenate(by_scan["losses"])}
-    apart = agree(losses)
-    first = 1e3 * times["fit"][0]
-    ours, other = (1e3 * np.array(own[WARM_UP:]) for own in times.values())
-    note = (
-        f"{len(made)} steps an epoch; losses within {apart:.0e}; the first epoch, with "
-        f"compilation, {first:,.0f} ms"
+    agree({FIT: result.losses, SCAN: np.concatenate(scanned)})
+    took = (np.array(of_way[1:]) for of_way in times.values())
+    return Row(f"epoch of fit, {case}", SCAN, "s", *took, aim)
+
+
+class Clock(list[float]):
+    def __call__(self) -> None:
+        self.append(time.perf_counter())
+
+
+def by_fit(loop: Loop, epochs: int, lap: Clock) -> np.ndarray:
+    lap()
+    with redirect_stderr(io.StringIO()):
+        result = loop.svi.fit(KEY, loop.of_epoch, epochs, callback=lambda *_: lap())
+    return result.losses
+
+
+def by_scan(loop: Loop, epochs: int, lap: Clock) -> np.ndarray:
+    stacks, losses = loop.stacked(), []
+    lap()
+    scan, state = loop.scan(), loop.init()
+    for epoch in range(epochs):
+        state, of_epoch = scan(state, stacks[epoch % BLOCK])
+        losses.append(np.asarray(of_epoch))
+        lap()
+    return np.concatenate(losses)
+
+
+def by_steps(loop: Loop, epochs: int, lap: Clock) -> np.ndarray:
+    losses = []
+    lap()
+    step, state = jax.jit(loop.svi.update, donate_argnums=0), loop.init()
+    for epoch in range(epochs):
+        for batch in loop.of_epoch(epoch):
+            state, loss = step(state, batch)
+            losses.append(loss)
+        jax.block_until_ready(state)
+        lap()
+    return np.array(losses)
+
+
+def whole_fits(count: int) -> Iterator[Row | Series]:
+    """Fit InstEval as the demo does, from the same start in each way."""
+    clocks: dict[str, list[float]] = {}
+    losses = {}
+    for way, run in ((FIT, by_fit), (SCAN, by_scan), (STEP, by_steps)):
+        jax.clear_caches()
+        loop = insteval()
+        clock = Clock()
+        losses[way] = run(loop, count, clock)
+        clocks[way] = (np.array(clock[1:]) - clock[0]).tolist()
+    agree(losses)
+    weights = [len(part) for part in parts_of(0)]
+    mean = np.average(losses[FIT].reshape(count, -1), 1, weights)
+    later = {way: np.diff(clock) for way, clock in clocks.items()}
+    for way in (SCAN, STEP):
+        first = clocks[FIT][0], clocks[way][0]
+        yield Row("first epoch, as the demo", way, "s", *first)
+        yield Row("later epochs, as the demo", way, "s", later[FIT], later[way])
+    yield {"seconds": clocks, "loss": mean.tolist()}
+
+
+def cases(quick: bool) -> Iterator[Row | Series]:
+    blocks = 1 if quick else 10
+    if not quick:
+        yield epochs("InstEval, batches made on the way", insteval(), blocks, 1.7)
+        yield epochs("InstEval, batches made before", made_before(), blocks, 1.4)
+    for count in (16,) if quick else (1, 4, 16, 64):
+        case = f"small model, at most {count} steps at once"
+        yield epochs(case, small_model(), blocks, None, count)
+    yield from whole_fits(10 if quick else 30)
+
+
+def draw(found: Series, folder: Path) -> None:
+    """Draw the loss of epochs against time, without that of the first."""
+    thousands = np.array(found["loss"]) / 1e3
+    figure, (ax,) = subplots(1)
+    for number, (way, clock) in enumerate(found["seconds"].items()):
+        look = LOOKS[number] | {"markersize": 4, "zorder": 9 - number}
+        ax.plot(np.array(clock) - clock[0], thousands, label=way, **look)
+    ax.set(
+        title="A fit of InstEval: all ways take the same steps",
+        xlabel="time since the end of the first epoch, in which all is compiled (s)",
+        ylabel="loss: negative ELBO,\nmean of an epoch (thousand nats)",
     )
-    return Found([Row(case, "one scan", "ms", ours, other, target, note)], {})
-
-
-def cases(quick: bool) -> list[Case]:
-    rounds = 5 if quick else 100
-    named: list[tuple] = [
-        ("InstEval, batches made on the way", insteval, 1.7),
-        ("InstEval, batches made before", insteval_made_before, 1.4),
-        ("small model, batches made before", small_model, None),
-    ]
-    for count in (16,) if quick else (1, 2, 4, 8, 16, 32, 64):
-        name = f"small model, at most {count} steps a dispatch"
-        named.append((name, small_model, None, count))
-    return [
-        Case(f"epoch of fit, {name}", partial(epochs, make, name, rounds, *options))
-        for name, make, *options in named
-    ]
+    ax.legend()
+    save(figure, folder / "fit.png")

@@ -1,63 +1,51 @@
-"""Fit lme4's InstEval in mini-batches of students, with its four figures per epoch."""
+"""InstEval as the demo fits it; what else is used of the demo, comes from here."""
 
-import time
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
-import jax
 import numpy as np
+import numpyro
 from numpyro.infer import TraceMeanField_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_dynamic_subsample import RaggedGroups, SubsampleSVI
+from numpyro_dynamic_subsample import SubsampleSVI
 from numpyro_dynamic_subsample.__main__ import (
+    LECTURERS,
     LME4,
     STUDENTS,
     cut,
     model,
+    shuffled,
     start,
 )
+from numpyro_dynamic_subsample.__main__ import load as load
 
-BATCH_SIZE = 128
+BATCH_SIZE = 128  # students
 STEPS = -(-STUDENTS // BATCH_SIZE)  # in an epoch
+LOSS = TraceMeanField_ELBO()
 
 
-class Epoch(NamedTuple):
-    seconds: float  # since the fit began, without reading the figures
-    figures: list[float]  # in the order of LME4
+def parts_of(epoch: int) -> list[np.ndarray]:
+    """Return the students of each batch of an epoch."""
+    return cut(shuffled(epoch, 0), BATCH_SIZE)
 
 
-def subsample_svi(optimizer: Any, **options: Any) -> SubsampleSVI:
-    guide = AutoNormal(model, init_loc_fn=init_to_value(values=start()))
-    return SubsampleSVI(model, guide, optimizer, TraceMeanField_ELBO(), **options)
+def plates(rows: Any, *_: Any) -> list[Any]:
+    return [
+        numpyro.plate("lecturers", LECTURERS),
+        numpyro.plate("students", STUDENTS, subsample_size=len(rows)),
+    ]
+
+
+def guide(**options: Any) -> AutoNormal:
+    return AutoNormal(model, init_loc_fn=init_to_value(values=start()), **options)
+
+
+def subsample_svi(optimizer: Any) -> SubsampleSVI:
+    return SubsampleSVI(model, guide(), optimizer, LOSS)
 
 
 def deviation(figures: Iterable[float]) -> float:
     """Return by how many percent the worst of the figures differs from lme4's."""
     apart = np.asarray(figures) / list(LME4.values()) - 1
     return 100 * float(np.abs(apart).max())
-
-
-def fit(
-    ratings: RaggedGroups, orders: np.ndarray, optimizer: Any, **options: Any
-) -> Iterator[Epoch]:
-    """Take one step after the other, and yield what each epoch has come to."""
-    svi = subsample_svi(optimizer, **options)
-    started = time.perf_counter()
-    epochs = [cut(order, BATCH_SIZE) for order in orders]
-    capacity = ratings.capacity(part for parts in epochs for part in parts)
-    first = ratings(epochs[0][0], capacity=capacity)
-    state = svi.init(jax.random.key(0), first)
-    step = jax.jit(svi.update, donate_argnums=0)
-    reading = 0.0
-    for parts in epochs:
-        for part in parts:
-            state, _ = step(state, ratings(part, capacity=capacity))
-        jax.block_until_ready(state)
-        now = time.perf_counter()
-        params = jax.device_get(svi.get_params(state))
-        figures = [float(params[f"{name}_auto_loc"]) for name in LME4]
-        # The median of a latent that is positive; the intercept is not confined.
-        figures[1:] = np.exp(figures[1:]).tolist()
-        yield Epoch(now - started - reading, figures)
-        reading += time.perf_counter() - now

@@ -1,10 +1,10 @@
-"""What all pairs share: timing in turns, answers that agree, and what is kept."""
+"""What all families share: times in turns, answers that agree, rows of a table."""
 
 import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+HEADER = """\
+| Case | Against | Ours | Other | Ratio | Aim | Met | Note |
+| --- | --- | --: | --: | --: | --: | --- | --- |"""
 SIDES = ("ours", "other")
+UNITS = {
+    "s": ((1, "s"), (1e-3, "ms")),
+    "bytes": ((2**20, "MiB"), (2**10, "KiB")),
+}
+
+
+Series = dict[str, Any]  # what a picture shows
 
 
 class Row(NamedTuple):
@@ -23,55 +33,52 @@ class Row(NamedTuple):
 
     case: str
     against: str
-    unit: str
-    ours: float | np.ndarray | None
-    other: float | np.ndarray | None
-    target: float | None = None  # ours over the other, at most
+    unit: str = ""
+    ours: Any = None
+    other: Any = None
+    aim: float | None = None  # ours over the other, at most
     note: str = ""
-
-    @property
-    def ratio(self) -> float | None:
-        if self.ours is None or self.other is None:
-            return None
-        return float(np.median(self.ours) / np.median(self.other))
-
-    @property
-    def met(self) -> bool | None:
-        if self.target is None or self.ratio is None:
-            return None
-        return self.ratio <= self.target
 
     def record(self) -> dict[str, Any]:
         """Keep medians, and the least and the most."""
-        kept = {**self._asdict(), "ratio": self.ratio, "met": self.met}
-        for side in SIDES:
+        kept = {k: v for k, v in self._asdict().items() if v is not None}
+        for side in kept.keys() & SIDES:
             values = kept[side]
-            if values is not None:
-                kept[side] = float(np.median(values))
+            kept[side] = float(np.median(values))
             if np.size(values) > 1:
                 kept[f"{side}_range"] = [float(np.min(values)), float(np.max(values))]
+        if all(side in kept for side in SIDES):
+            kept["ratio"] = kept["ours"] / kept["other"]
+            if self.aim is not None:
+                kept["met"] = kept["ratio"] <= self.aim
         return kept
 
 
-class Found(NamedTuple):
-    """What a case has found; series are for pictures."""
+def line(record: dict[str, Any]) -> str:
+    """Write a record as a row of Markdown."""
+    values = [_shown(record.get(side), record["unit"]) for side in SIDES]
+    values += [_shown(record.get(key)) for key in ("ratio", "aim")]
+    met = {True: "yes", False: "NO", None: ""}[record.get("met")]
+    cells = [record["case"], record["against"], *values, met, record["note"]]
+    return f"| {' | '.join(cells)} |"
 
-    rows: list[Row]
-    series: dict[str, Any]
 
-
-class Case(NamedTuple):
-    name: str
-    run: Callable[[], Found]
+def _shown(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return ""
+    if unit in UNITS:
+        scales = UNITS[unit]
+        size, unit = next((own for own in scales if value >= own[0]), scales[-1])
+        value /= size
+    digits = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{digits} {unit}".strip()
 
 
 class Steps:
     """A step that is called with one batch after the other, and keeps its state."""
 
     def __init__(self, step: Callable, state: Any, batches: list[tuple]) -> None:
-        self.step = step
-        self.state = state
-        self.batches: Iterator[tuple] = cycle(batches)
+        self.step, self.state, self.batches = step, state, cycle(batches)
 
     def __call__(self) -> Any:
         self.state, loss = self.step(self.state, *next(self.batches))
@@ -97,19 +104,16 @@ def in_turns(
     for number in range(-warm_up, rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            taken = seconds(ways[name])
-            if number >= 0:
-                times[name].append(taken)
-    return {name: np.array(of_way) for name, of_way in times.items()}
+            times[name].append(seconds(ways[name]))
+    return {name: np.array(of_way[warm_up:]) for name, of_way in times.items()}
 
 
-def agree(losses: Mapping[str, Any], tolerance: float = 1e-4) -> float:
+def agree(answers: Mapping[str, Any], tolerance: float = 1e-4) -> None:
     """Refuse losses that differ by more than rounding, in 32 bits and many steps."""
-    first, *others = (np.asarray(of_way) for of_way in losses.values())
+    first, *others = (np.asarray(of_way) for of_way in answers.values())
     apart = max(float(np.abs(other / first - 1).max()) for other in others)
     if not apart <= tolerance:  # so that NaN is refused, too
-        raise AssertionError(f"{', '.join(losses)}: losses differ by {apart:.1e}.")
-    return apart
+        raise AssertionError(f"{', '.join(answers)}: answers differ by {apart:.1e}.")
 
 
 def run(command: list[str], caches: Path | None = None) -> dict[str, Any]:
@@ -117,9 +121,7 @@ def run(command: list[str], caches: Path | None = None) -> dict[str, Any]:
 
     What it compiles it keeps in a folder, if it is given one.
     """
-    environment = {
-        n: v for n, v in os.environ.items() if n != "JAX_COMPILATION_CACHE_DIR"
-    }
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": str(caches is not None)}
     if caches is not None:
         environment |= {
             "JAX_COMPILATION_CACHE_DIR": f"{caches}/jax",
@@ -133,29 +135,3 @@ def run(command: list[str], caches: Path | None = None) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Write rows as Markdown."""
-    lines = [
-        "| Case | Against | Ours | Other | Ratio | Target | Met | Note |",
-        "| --- | --- | --: | --: | --: | --: | --- | --- |",
-    ]
-    for row in rows:
-        unit = row["unit"]
-        cells = [row["case"], row["against"], *(_value(row[k], unit) for k in SIDES)]
-        cells += [_value(row["ratio"]), _value(row["target"])]
-        cells += [{True: "yes", False: "NO", None: ""}[row["met"]], row["note"]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _value(value: float | None, unit: str = "") -> str:
-    if value is None:
-        return ""
-    digits = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{digits} {unit}".strip()

@@ -3,24 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 # Lightness, marker and line style all differ.
 LOOKS: list[dict[str, Any]] = [
-    {"color": "#000000", "marker": "o", "ls": "-"},
-    {"color": "#b35806", "marker": "s", "ls": "--"},
-    {"color": "#3f8fc4", "marker": "^", "ls": "-"},
-    {"color": "#8a8a8a", "marker": "D", "ls": ":"},
+    {"markersize": 6, "lw": 1.8, "color": color, "marker": marker, "ls": line}
+    for color, marker, line in (
+        ("#000000", "o", "-"),
+        ("#b35806", "s", "--"),
+        ("#3f8fc4", "^", "-."),
+    )
 ]
-STYLE = {"markersize": 6, "lw": 1.8}
-for look in LOOKS:
-    look |= STYLE
 
 
-def subplots(rows: int, columns: int) -> tuple[Figure, list[Any]]:
+def subplots(columns: int) -> tuple[Figure, list[Any]]:
     figure = Figure((8, 3.6), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel().tolist()
+    axes = figure.subplots(1, columns, squeeze=False).ravel().tolist()
     for ax in axes:
         ax.grid(color="0.9")
         ax.spines[["top", "right"]].set_visible(False)

@@ -1,10 +1,6 @@
-"""Prediction: against vmapped JAX by hand, and in chunks against one call.
+"""Prediction: against vmapped JAX by hand, and in batches against one call."""
 
-``python -m benchmarks.predict WAY`` is a process of its own, for its memory.
-"""
-
-import json
-import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,25 +8,12 @@ import jax
 import numpy as np
 import optax
 
-from numpyro_dynamic_subsample import Minibatch, SubsampleSVI, minibatch
+from numpyro_dynamic_subsample import minibatch
 
-from .pairs import Case, Found, Row, agree, in_turns, run, seconds
-from .peer_scripts.record import peak_bytes
+from .pairs import Row, agree, in_turns
 from .rows import NOISE, conjugate_svi, observations
 
-CHUNK, DRAWS = 10_000, 100
-WAYS = ("chunks", "one call")
-OPTIONS: dict[str, Any] = {"return_sites": ["y"], "progress_bar": False}
-
-
-def batch(y: np.ndarray, own: np.ndarray) -> Minibatch:
-    return minibatch(y[own], rows={"rows": own})
-
-
-def made(rows: int, first: np.ndarray) -> tuple[SubsampleSVI, dict[str, jax.Array]]:
-    svi = conjugate_svi(rows, optax.adam(0.01), False)
-    state = svi.init(jax.random.key(0), batch(observations(rows), first))
-    return svi, svi.get_params(state)
+KEY = jax.random.key(0)
 
 
 @partial(jax.jit, static_argnums=3)
@@ -46,110 +29,62 @@ def by_hand(key: jax.Array, params: Any, rows: jax.Array, draws: int) -> jax.Arr
     return jax.vmap(one)(jax.random.split(key, draws))
 
 
-def against_by_hand(size: int, batches: int, draws: int, quick: bool) -> Found:
-    """Predict batch after batch, and bring all draws to the host."""
-    total, key = 1_000_000, jax.random.key(0)
-    choose = np.random.default_rng(0)
-    rows = [choose.integers(0, total, size, dtype="int32") for _ in range(batches)]
-    # Rows that are in a batch twice would be more work than by hand.
-    rows = [np.unique(own)[: size - size // 64] for own in rows]
-    svi, params = made(total, rows[0])
-    y = observations(total)
-    given = [batch(y, own) for own in rows]
+class Prediction:
+    """Draws of the data of rows, batch after batch, which all come to the host."""
 
-    def ours(given: list[Minibatch]) -> np.ndarray:
-        return svi.predict(key, params, given, draws, **OPTIONS)["y"]
+    def __init__(self, total: int, draws: int, first: np.ndarray) -> None:
+        self.y, self.draws = observations(total), draws
+        self.svi = conjugate_svi(total, optax.adam(0.01), False)
+        self.params = self.svi.get_params(self.svi.init(KEY, self.batch(first)))
 
-    def other(rows: list[np.ndarray]) -> np.ndarray:
-        keys = jax.random.split(key, len(rows))
-        found = [
-            by_hand(k, params, own, draws) for k, own in zip(keys, rows, strict=True)
-        ]
-        return np.concatenate([np.asarray(own) for own in found], 1)
+    def batch(self, rows: np.ndarray) -> Any:
+        return minibatch(self.y[rows], rows={"rows": rows})
 
-    rounds = 2 if quick else 10
-    ways = {
-        "ours": partial(ours, given),
-        "by hand": partial(other, rows),
-        "ours, one": partial(ours, given[:1]),
-        "by hand, one": partial(other, rows[:1]),
-    }
-    agree({way: ways[way]().std() for way in ("ours", "by hand")}, tolerance=0.02)
-    took = {way: own * 1e3 for way, own in in_turns(ways, rounds, warm_up=1).items()}
-    case = f"{draws:,} draws of {len(rows[0]):,} rows"
-    against = "vmapped by hand"
-    return Found(
-        [
-            Row(
-                f"{case}, a batch of {batches}",
-                against,
-                "ms",
-                took["ours"] / batches,
-                took["by hand"] / batches,
-                # A few batches take less time than to trace model and guide.
-                None if quick else 1.5,
-            ),
-            Row(
-                f"{case}, one call",
-                against,
-                "ms",
-                took["ours, one"],
-                took["by hand, one"],
-                None,
-                "traced anew in each call",
-            ),
-        ],
-        {},
-    )
+    def ours(self, batches: Any) -> np.ndarray:
+        return self.svi.predict(
+            KEY, self.params, batches, self.draws, ["y"], progress_bar=False
+        )["y"]
 
-
-def predict(way: str, rows: int, times: int) -> dict[str, Any]:
-    """Compile, predict some times, and say how much memory it took in all."""
-    y, key = observations(rows), jax.random.key(0)
-    chunks = np.split(np.arange(rows), range(CHUNK, rows, CHUNK))
-    svi, params = made(rows, chunks[0])
-    given = [batch(y, own) for own in chunks]
-    batches = given if way == "chunks" else batch(y, np.arange(rows))
-
-    def draw() -> np.ndarray:
-        return svi.predict(key, params, batches, DRAWS, **OPTIONS)["y"]
-
-    before = peak_bytes()
-    spread = float(draw().std())
-    took = [seconds(draw) for _ in range(times)]
-    return {"seconds": took, "bytes": peak_bytes() - before, "spread": spread}
-
-
-def compare(rows: int, times: int) -> Found:
-    command = [sys.executable, "-m", "benchmarks.predict"]
-    found = {way: run([*command, way, str(rows), str(times)]) for way in WAYS}
-    agree({way: own["spread"] for way, own in found.items()}, tolerance=0.01)
-    ours, other = (found[way] for way in WAYS)
-    case = f"{DRAWS} draws of {rows:,} rows in chunks of {CHUNK:,}"
-    took = (np.array(own["seconds"]) for own in (ours, other))
-    memory = (own["bytes"] / 2**20 for own in (ours, other))
-    return Found(
-        [
-            Row(case, WAYS[1], "s", *took, 1.2),
-            Row(f"peak memory, {case}", WAYS[1], "MiB", *memory),
-        ],
-        {},
-    )
-
-
-def cases(quick: bool) -> list[Case]:
-    sizes = {16: 10, 256: 4} if quick else {16: 1000, 256: 100, 4096: 10}
-    found = [
-        Case(
-            f"prediction of {size} rows",
-            partial(against_by_hand, size, batches, 1000, quick),
+    def other(self, rows: list[np.ndarray]) -> np.ndarray:
+        keys = jax.random.split(KEY, len(rows))
+        drawn = (
+            by_hand(key, self.params, own, self.draws)
+            for key, own in zip(keys, rows, strict=True)
         )
-        for size, batches in sizes.items()
-    ]
-    rows, times = (20_000, 1) if quick else (400_000, 5)
-    return [*found, Case("prediction", partial(compare, rows, times))]
+        return np.concatenate([np.asarray(own) for own in drawn], 1)
 
 
-if __name__ == "__main__":
-    way, rows, times = sys.argv[1:]
-    print(json.dumps(predict(way, int(rows), int(times))))
+def against_by_hand(size: int, batches: int, quick: bool) -> Iterator[Row]:
+    total, choose = 1_000_000, np.random.default_rng(0)
+    order = choose.permutation(total).astype("int32")
+    rows = np.split(order[: batches * size], batches)
+    prediction = Prediction(total, 1000, rows[0])
+    # One batch takes less time than to trace model and guide, which each call does.
+    for count, aim in ((batches, None if quick else 1.5), (1, None)):
+        given = list(map(prediction.batch, rows[:count]))
+        ways = {
+            "ours": partial(prediction.ours, given),
+            "by hand": partial(prediction.other, rows[:count]),
+        }
+        agree({way: draw().std() for way, draw in ways.items()}, tolerance=0.03)
+        took = in_turns(ways, 2 if quick else 10, warm_up=1)
+        case = f"1,000 draws, {count:,} times {size:,} rows"
+        yield Row(case, "vmap by hand", "s", *took.values(), aim)
+
+
+def in_batches(total: int, size: int, rounds: int) -> Row:
+    rows = np.split(np.arange(total), range(size, total, size))
+    prediction = Prediction(total, 100, rows[0])
+    ways = {
+        "in batches": partial(prediction.ours, list(map(prediction.batch, rows))),
+        "at once": partial(prediction.ours, prediction.batch(np.arange(total))),
+    }
+    agree({way: draw().std() for way, draw in ways.items()}, tolerance=0.01)
+    case = f"100 draws, {len(rows):,} times {size:,} rows"
+    return Row(case, "one batch", "s", *in_turns(ways, rounds, 1).values(), 1.2)
+
+
+def cases(quick: bool) -> Iterator[Row]:
+    for size, batches in ((16, 10),) if quick else ((16, 1000), (256, 100), (4096, 10)):
+        yield from against_by_hand(size, batches, quick)
+    yield in_batches(*(20_000, 10_000, 1) if quick else (400_000, 10_000, 5))

@@ -1,39 +1,34 @@
-"""A jitted step, the first call at a new size, and eager steps, against plates by hand.
+"""A jitted step, and the first call at a new size, against plates by hand.
 
 Both sides pin the rows of their batches, since plates by hand are wrong in an
 ``AutoGuideList`` otherwise.
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
-from statistics import median
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from numpyro.contrib.module import flax_module
 from numpyro.handlers import block, substitute
-from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO, init_to_value
+from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
-from numpyro_dynamic_subsample.__main__ import LECTURERS, STUDENTS, load, start
-from numpyro_dynamic_subsample.__main__ import model as ratings_model
 
-from .pairs import Case, Found, Row, Steps, agree, in_turns
+from . import insteval
+from .pairs import Row, Steps, agree, in_turns
 
-ROWS = 10_000
-FEATURES = 8
 AGAINST = "create_plates"
-
-X = np.random.default_rng(0).normal(size=(ROWS, FEATURES)).astype("float32")
+KEY = jax.random.key(0)
+ADAM = optax.adam(0.01)
+ROWS = 10_000
+TABLE = {"users": 600, "items": 300}
+FACTORS = 4
 
 
 class Problem(NamedTuple):
@@ -41,61 +36,35 @@ class Problem(NamedTuple):
 
     model: Callable
     create_plates: Callable  # a correct one
-    plate: str
-    batch: Callable[[np.ndarray], Any]  # that holds these rows
-    size: int = ROWS
-    guide: Callable = AutoNormal
+    guide: Callable
+    sizes: dict[str, int]  # of the plates of which a batch holds some rows
+    arguments: Callable[..., tuple]  # of the model, for rows of these plates
+    along: Any = None
     loss: Any = Trace_ELBO()
 
 
 class Side(NamedTuple):
+    init: Callable
     step: Callable
-    state: Any
 
 
 def small(y: Any) -> None:
     mu: Any = numpyro.sample("mu", dist.Normal(0, 1))
-    with numpyro.plate("rows", ROWS, subsample_size=len(y)):
+    with small_plate(y):
         w: Any = numpyro.sample("w", dist.Normal(0, 1))
         z: Any = numpyro.sample("z", dist.Normal(mu, 1))
         numpyro.sample("y", dist.Normal(z + w, 0.5), obs=y)
 
 
-class Network(nn.Module):
-    out: int
-
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        for _ in range(2):
-            x = nn.tanh(nn.Dense(32)(x))
-        return nn.Dense(self.out)(x)
+def small_plate(y: Any) -> Any:
+    return numpyro.plate("rows", ROWS, subsample_size=len(y))
 
 
-def with_networks(x: Any) -> None:
-    before: Any = flax_module("before", Network(4), input_shape=(1, FEATURES))
-    after: Any = flax_module("after", Network(1), input_shape=(1, 4))
-    loc = before(x)
-    with numpyro.plate("rows", ROWS, subsample_size=len(x)):
-        z = numpyro.sample("z", dist.Normal(loc, 1).to_event(1))
-        numpyro.sample("y", dist.Normal(after(z)[:, 0], 0.5), obs=x.sum(1))
+def small_data() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=ROWS).astype("float32")
 
 
-def rows_plate(batch: Any) -> Any:
-    return numpyro.plate("rows", ROWS, subsample_size=len(batch))
-
-
-def ratings_of(batch: tuple) -> None:
-    ratings_model(*batch)
-
-
-def ratings_plates(batch: tuple) -> list[Any]:
-    return [
-        numpyro.plate("lecturers", LECTURERS),
-        numpyro.plate("students", STUDENTS, subsample_size=len(batch[0])),
-    ]
-
-
-def guide_list(model: Callable, create_plates: Any = None) -> AutoGuideList:
+def guide_list(create_plates: Any = None) -> AutoGuideList:
     made = []
 
     # Made again for each part, they would use up another random key for each.
@@ -104,160 +73,160 @@ def guide_list(model: Callable, create_plates: Any = None) -> AutoGuideList:
         return made
 
     by_hand = create_plates is not None
-    guide = AutoGuideList(model, create_plates=of_list if by_hand else None)
+    guide = AutoGuideList(small, create_plates=of_list if by_hand else None)
     of_part = (lambda *_: made) if by_hand else None
     for part, hidden in ((AutoNormal, ["w"]), (AutoDelta, ["mu", "z"])):
-        guide.append(part(block(model, hide=hidden), create_plates=of_part))
+        guide.append(part(block(small, hide=hidden), create_plates=of_part))
     return guide
 
 
-def insteval() -> Problem:
-    ratings = load()
-
-    def batch(rows: np.ndarray) -> tuple:
-        names = "rows", "students", "student", "lecturer", "y"
-        return tuple(map(ratings(rows).kwargs.get, names))
-
-    guide = partial(AutoNormal, init_loc_fn=init_to_value(values=start()))
-    loss = TraceMeanField_ELBO()
-    return Problem(ratings_of, ratings_plates, "students", batch, STUDENTS, guide, loss)
-
-
-SMALL = Problem(small, rows_plate, "rows", lambda rows: X[rows, 0])
-GUIDES = {
-    "AutoNormal": SMALL,
-    "AutoDelta": SMALL._replace(guide=AutoDelta),
-    "AutoGuideList": SMALL._replace(guide=guide_list),
-}
-MODELS: dict[str, Callable[[], Problem]] = {
-    "small model": lambda: SMALL,
-    "InstEval": insteval,
-    "networks before and after the plate": lambda: SMALL._replace(
-        model=with_networks, batch=lambda rows: X[rows]
-    ),
-}
+def factors(y: Any) -> None:
+    """Factorise a matrix, of which a batch holds some rows and columns."""
+    users, items = crossed_plates(y)
+    noise: Any = numpyro.sample("noise", dist.LogNormal(0, 1))
+    prior = dist.Normal(jnp.zeros(FACTORS), 1).to_event(1)
+    with users:
+        u: Any = numpyro.sample("u", prior)
+    with items:
+        v: Any = numpyro.sample("v", prior)
+    with users, items:
+        numpyro.sample("y", dist.Normal((u * v).sum(-1), noise), obs=y)
 
 
-def sides(problem: Problem) -> dict[str, Side]:
-    model, plate = problem.model, problem.plate
-    optimizer = optax.adam(0.01)
-    svi = SubsampleSVI(model, problem.guide(model), optimizer, problem.loss)
-    guide = problem.guide(model, create_plates=problem.create_plates)
-    plain = SVI(model, guide, optimizer, problem.loss)
-
-    def ours(state: Any, batch: Any, rows: Any) -> Any:
-        return svi.update(state, minibatch(batch, rows={plate: rows}))
-
-    def by_hand(state: Any, batch: Any, rows: Any) -> Any:
-        with substitute(data={plate: rows}):
-            return plain.update(state, batch)
-
-    # At full size, where plates by hand can start from given values, too.
-    everything = problem.batch(np.arange(problem.size))
-    key = jax.random.key(0)
-    return {
-        "ours": Side(ours, svi.init(key, everything)),
-        "by hand": Side(by_hand, plain.init(key, everything)),
-    }
-
-
-def drawn(problem: Problem, size: int) -> tuple[Any, jax.Array]:
-    """Draw a batch, and its rows."""
-    draw = np.random.default_rng(size)
-    rows = draw.choice(problem.size, size, replace=False).astype("int32")
-    return jax.tree.map(jnp.asarray, problem.batch(rows)), jnp.asarray(rows)
-
-
-def check(both: dict[str, Side], steps: dict[str, Callable], batch: tuple) -> None:
-    agree({name: steps[name](side.state, *batch)[1] for name, side in both.items()})
-
-
-def jitted(problem: Problem, case: str, size: int, rounds: int) -> Found:
-    both = sides(problem)
-    batch = drawn(problem, size)
-    # By hand once more, which tells how much of a ratio is noise. It is compiled by
-    # itself: a program that runs twice in a round is found in the cache more often.
-    both["again"] = both["by hand"]
-    compiled = {
-        name: jax.jit(partial(side.step)).lower(side.state, *batch).compile()
-        for name, side in both.items()
-    }
-    check(both, compiled, batch)
-    costs = [
-        {key: step.cost_analysis()[key] for key in ("flops", "bytes accessed")}
-        for step in compiled.values()
+def crossed_plates(y: Any) -> list[Any]:
+    return [
+        numpyro.plate(name, TABLE[name], subsample_size=count, dim=dim)
+        for name, count, dim in zip(TABLE, y.shape, (-2, -1), strict=True)
     ]
-    ways = {n: Steps(compiled[n], side.state, [batch]) for n, side in both.items()}
+
+
+def factorisation() -> Problem:
+    y = np.random.default_rng(0).normal(size=tuple(TABLE.values())).astype("float32")
+    return Problem(
+        factors,
+        crossed_plates,
+        partial(AutoNormal, factors),
+        TABLE,
+        lambda users, items: (y[np.ix_(users, items)],),
+        along={"users": 0, "items": {0: 1}},
+    )
+
+
+def problems() -> dict[str, Problem]:
+    ratings, y = insteval.load(), small_data()
+    of_small = {"rows": ROWS}, lambda rows: (y[rows],)
+
+    def of_students(students: np.ndarray) -> tuple:
+        names = "rows", "students", "student", "lecturer", "y"
+        return tuple(map(ratings(students).kwargs.get, names))
+
+    return {
+        "AutoGuideList": Problem(small, small_plate, guide_list, *of_small),
+        "AutoNormal": Problem(
+            small, small_plate, partial(AutoNormal, small), *of_small
+        ),
+        "crossed plates": factorisation(),
+        "InstEval": Problem(
+            insteval.model,
+            insteval.plates,
+            insteval.guide,
+            {"students": insteval.STUDENTS},
+            of_students,
+            along={"ratings": (2, 3, 4)},
+            loss=insteval.LOSS,
+        ),
+    }
+
+
+def our_side(problem: Problem, capacity: int | None = None, **options: Any) -> Side:
+    guide = problem.guide()
+    svi = SubsampleSVI(problem.model, guide, ADAM, problem.loss, **options)
+
+    def bundle(batch: tuple, rows: Any) -> Any:
+        return minibatch(*batch, rows=rows, along=problem.along, capacity=capacity)
+
+    return Side(
+        lambda *own: svi.init(KEY, bundle(*own)),
+        lambda state, *own: svi.update(state, bundle(*own)),
+    )
+
+
+def other_side(problem: Problem) -> Side:
+    guide = problem.guide(create_plates=problem.create_plates)
+    svi = SVI(problem.model, guide, ADAM, problem.loss)
+
+    def init(batch: tuple, rows: Any) -> Any:
+        with substitute(data=jax.tree.map(jnp.asarray, rows)):
+            return svi.init(KEY, *batch)
+
+    def step(state: Any, batch: tuple, rows: Any) -> Any:
+        with substitute(data=rows):
+            return svi.update(state, *batch)
+
+    return Side(init, step)
+
+
+def sides(problem: Problem) -> tuple[dict[str, Callable], dict[str, Any]]:
+    """Return the steps and the states of both sides."""
+    both = {"ours": our_side(problem), "by hand": other_side(problem)}
+    # At full size, where plates by hand can start from given values, too.
+    rows = {name: np.arange(size) for name, size in problem.sizes.items()}
+    everything = problem.arguments(**rows), rows
+    states = {name: side.init(*everything) for name, side in both.items()}
+    return {name: side.step for name, side in both.items()}, states
+
+
+def drawn(problem: Problem, count: int) -> tuple[tuple, dict[str, np.ndarray]]:
+    """Draw a batch, and its rows."""
+    draw = np.random.default_rng(count)
+    rows = {
+        name: draw.choice(size, count, replace=False).astype("int32")
+        for name, size in problem.sizes.items()
+    }
+    return problem.arguments(**rows), rows
+
+
+def costs(compiled: dict[str, Any]) -> str:
+    ours, other = (step.cost_analysis() for step in compiled.values())
+    more = {
+        what: 100 * (ours[key] / other[key] - 1)
+        for what, key in (("flops", "flops"), ("bytes", "bytes accessed"))
+    }
+    if not any(more.values()):
+        return "flops and bytes equal"
+    return ", ".join(f"{percent:+.2f} % {what}" for what, percent in more.items())
+
+
+def jitted(case: str, problem: Problem, size: int, rounds: int) -> Row:
+    steps, states = sides(problem)
+    batch = jax.tree.map(jnp.asarray, drawn(problem, size))
+    compiled = {
+        name: jax.jit(step).lower(states[name], *batch).compile()
+        for name, step in steps.items()
+    }
+    agree({name: step(states[name], *batch)[1] for name, step in compiled.items()})
+    ways = {n: Steps(step, states[n], [batch]) for n, step in compiled.items()}
     took = in_turns(ways, rounds)
-    same = "equal flops and bytes" if costs[0] == costs[1] else f"costs {costs}"
-    noise = np.median(took["again"]) / np.median(took["by hand"])
-    note = f"{same}; {AGAINST} against itself {noise:.2f}"
-    ours, other = took["ours"] * 1e3, took["by hand"] * 1e3
-    return Found([Row(case, AGAINST, "ms", ours, other, 1.05, note)], {})
+    return Row(case, AGAINST, "s", *took.values(), 1.05, costs(compiled))
 
 
-def first_call(problem: Problem, case: str, rounds: int) -> Found:
-    both = sides(problem)
-    steps = {name: jax.jit(side.step) for name, side in both.items()}
-    check(both, steps, drawn(problem, 96))
+def first_call(case: str, problem: Problem, rounds: int) -> Row:
+    steps, states = sides(problem)
+    jitted = {name: jax.jit(step) for name, step in steps.items()}
     # Every size is new to JAX, whoever takes it.
-    sizes = count(150)
-    batches = [drawn(problem, next(sizes)) for _ in range(2 * (rounds + 1))]
-    upcoming = iter(batches)
-    traced: dict[str, list[float]] = {name: [] for name in both}
+    batches = iter([drawn(problem, 150 + n) for n in range(2 * (rounds + 1))])
 
     def first(name: str) -> Any:
-        started = time.perf_counter()
-        lowered = steps[name].lower(both[name].state, *next(upcoming))
-        traced[name].append(time.perf_counter() - started)
-        return lowered.compile()
+        return jitted[name].lower(states[name], *next(batches)).compile()
 
-    took = in_turns({name: partial(first, name) for name in both}, rounds, warm_up=1)
-    ours, other = (median(of_side[1:]) * 1e3 for of_side in traced.values())
-    note = f"of which traced and lowered {ours:.0f} and {other:.0f} ms"
-    values = took["ours"] * 1e3, took["by hand"] * 1e3
-    return Found([Row(case, AGAINST, "ms", *values, 1.05, note)], {})
+    took = in_turns({name: partial(first, name) for name in steps}, rounds, warm_up=1)
+    return Row(case, AGAINST, "s", *took.values(), 1.05)
 
 
-def eager(problem: Problem, case: str, rounds: int) -> Found:
-    both = sides(problem)
-    batch = drawn(problem, 100)
-    check(both, {name: side.step for name, side in both.items()}, batch)
-    ways = {n: Steps(side.step, side.state, [batch]) for n, side in both.items()}
-    took = in_turns(ways, rounds, warm_up=2)
-    values = took["ours"] * 1e3, took["by hand"] * 1e3
-    return Found([Row(case, AGAINST, "ms", *values, 1.15)], {})
-
-
-def jitted_cases(quick: bool) -> list[Case]:
-    sizes = (256,) if quick else (32, 256, 1024, 4096)
-    guides = list(GUIDES)[-1:] if quick else GUIDES
-    cases = []
-    for guide in guides:
-        for size in sizes:
-            name = f"jitted step, {guide}, {size:,} rows"
-            run = partial(jitted, GUIDES[guide], name, size, 50 if quick else 1000)
-            cases.append(Case(name, run))
-    return cases
-
-
-def first_cases(quick: bool) -> list[Case]:
-    models = list(MODELS)[:1] if quick else MODELS
-    cases = []
-    for measure, label, rounds in (
-        (first_call, "first call at a new size", 1 if quick else 8),
-        (eager, "eager step", 3 if quick else 30),
-    ):
-        for model in models:
-            name = f"{label}, {model}"
-
-            def run(
-                measure: Any = measure,
-                model: str = model,
-                name: str = name,
-                rounds: int = rounds,
-            ) -> Found:
-                return measure(MODELS[model](), name, rounds)
-
-            cases.append(Case(name, run))
-    return cases
+def cases(quick: bool) -> Iterator[Row]:
+    for name, problem in list(problems().items())[: 1 if quick else None]:
+        for size in (256,) if quick else (64, 256):
+            case = f"jitted step, {name}, {size:,} rows"
+            yield jitted(case, problem, size, 50 if quick else 1000)
+        case = f"first call at a new size, {name}"
+        yield first_call(case, problem, 1 if quick else 8)

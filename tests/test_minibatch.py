@@ -107,7 +107,7 @@ def test_plates_of_different_lengths():
     size=st.none() | st.integers(40, 60),
     capacity=st.integers(1, 50) | st.just("powers of two"),
 )
-def test_a_capacity_is_a_step_that_ends_at_the_size_of_the_plate(count, size, capacity):
+def test_a_capacity_is_a_step_that_ends_below_the_size(count, size, capacity):
     with warnings.catch_warnings(record=True, action="always") as told:
         batch = minibatch(
             np.arange(count), rows={"n": np.arange(count)}, capacity=capacity, size=size
@@ -118,9 +118,9 @@ def test_a_capacity_is_a_step_that_ends_at_the_size_of_the_plate(count, size, ca
     powers = (2**power for power in itertools.count())
     steps = powers if capacity == "powers of two" else range(0, 100, capacity)
     room = next(step for step in steps if step >= count)
-    expected = np.minimum(
-        np.arange(room if size is None else min(room, size)), count - 1
-    )
+    if size is not None:
+        room = min(room, max(count, size - 1))
+    expected = np.minimum(np.arange(room), count - 1)
     np.testing.assert_array_equal(batch.args[0], expected)
     np.testing.assert_array_equal(batch.rows["n"], expected)
     assert batch.valid == {"n": count}

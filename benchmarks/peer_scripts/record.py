@@ -1,7 +1,6 @@
 """What every peer is given and hands back. This needs no more than NumPy."""
 
 import json
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,16 +31,9 @@ def given(path: str) -> Given:
     return Given(**{n: v if v.ndim else v.item() for n, v in values.items()})
 
 
-def peak_bytes() -> int:
-    """Return the most memory that this process has had, as Linux counts it."""
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
 def hand_back(
     version: str, steps: int, clock: list[float], figures: list[list[float]]
 ) -> None:
     """Print what the driver reads: figures after each epoch of so many steps."""
     found = {"version": version, "steps": steps, "clock": clock, "figures": figures}
-    print(json.dumps({**found, "peak_bytes": peak_bytes()}))
+    print(json.dumps(found))

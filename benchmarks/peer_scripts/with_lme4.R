@@ -6,9 +6,7 @@ seconds <- system.time(
 )[["elapsed"]]
 sd <- as.data.frame(VarCorr(fit))
 of <- function(group) sd$sdcor[sd$grp == group]
-status <- readLines("/proc/self/status")
-peak <- 1024 * as.numeric(gsub("[^0-9]", "", status[grepl("^VmHWM", status)]))
 cat(sprintf(
-  '{"version": "lme4 %s", "steps": null, "clock": [%f], "figures": [[%f, %f, %f, %f]], "peak_bytes": %.0f}\n',
-  packageVersion("lme4"), seconds, fixef(fit), of("s"), of("d"), of("Residual"), peak
+  '{"version": "lme4 %s", "steps": null, "clock": [%f], "figures": [[%f, %f, %f, %f]]}\n',
+  packageVersion("lme4"), seconds, fixef(fit), of("s"), of("d"), of("Residual")
 ))

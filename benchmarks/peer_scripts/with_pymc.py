@@ -1,4 +1,4 @@
-"""Fit InstEval with PyMC's ADVI, on all ratings or with pm.Minibatch."""
+"""Fit InstEval with PyMC's ADVI and pm.Minibatch."""
 
 import sys
 import time
@@ -11,17 +11,14 @@ import pytensor
 from benchmarks.peer_scripts.record import FIGURES, given, hand_back
 
 data = given(sys.argv[1])
-minibatch = sys.argv[2] == "minibatch"
 students, lecturers = int(data.student.max()) + 1, int(data.lecturer.max()) + 1
-steps = -(-students // data.batch_size) if minibatch else 1
-# As many steps for both: with one step an epoch, the epochs of the others are too few.
-all_steps = len(data.orders) * 24
+steps = -(-students // data.batch_size)
+all_steps = len(data.orders) * steps
 
 started = time.perf_counter()
-columns: tuple[Any, ...] = data.student, data.lecturer, data.y.astype(float)
-if minibatch:
-    columns = pm.Minibatch(*columns, batch_size=len(data.y) // steps)
-student, lecturer, y = columns
+columns = data.student, data.lecturer, data.y.astype(float)
+batches: Any = pm.Minibatch(*columns, batch_size=len(data.y) // steps)
+student, lecturer, y = batches
 with pm.Model() as model:
     intercept = pm.Normal("intercept", 3.0, 2.0)
     sd_student = pm.HalfNormal("sd_student", 2.0)

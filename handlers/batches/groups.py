@@ -179,6 +179,11 @@ class RaggedGroups:
         """
         of_groups, of_members = self._plates
         position, count, own_rows = self._names
+        if np.asarray(rows).dtype.kind in "USO":
+            raise ValueError(
+                f"The rows of plate '{of_groups}' are whole numbers, not labels. Where "
+                "there are labels: np.searchsorted(groups.labels, names), if sorted."
+            )
         rows = np.asarray(as_rows(of_groups, rows, self.size))
         counts = self.counts[rows]
         ends = counts.cumsum()

@@ -48,6 +48,9 @@ class Minibatch:
         For each plate, how many of its rows, the first ones, are real.
     padded : tuple of str
         The plates that are padded to a capacity.
+    axes : tuple
+        For each array of `args` and `kwargs`, the plates that it runs along, each with
+        the axis.
     pinned : dict of str to array
         The entries of `rows` that are not None.
     valid : dict of str to int
@@ -67,6 +70,7 @@ class Minibatch:
     rows: Mapping[str, Any]
     counts: dict[str, Any]
     padded: tuple[str, ...]
+    axes: tuple[tuple[tuple[str, int], ...], ...] = ()
 
     @property
     def pinned(self) -> dict[str, Any]:
@@ -93,7 +97,8 @@ class Minibatch:
 
 
 _NOT_AN_ARRAY = (
-    "SubsampleSVI takes it apart; SVI hands it to the model as it is. Use "
+    "SubsampleSVI takes it apart, if it is all that follows the state: "
+    "svi.update(state, batch). SVI hands it to the model as it is. Use "
     "SubsampleSVI(model, guide, optim, loss), or give SVI the arguments of the model."
 )
 
@@ -106,7 +111,7 @@ class _Static:
     value: bool | str
 
 
-def _parts(batch: Minibatch) -> tuple[tuple, tuple[str, ...]]:
+def _parts(batch: Minibatch) -> tuple[tuple, tuple]:
     """Split a batch into what JAX traces, and what belongs to the structure."""
     leaves, structure = jax.tree.flatten((batch.args, batch.kwargs))
     if any(isinstance(leaf, STATIC) for leaf in leaves):
@@ -114,16 +119,16 @@ def _parts(batch: Minibatch) -> tuple[tuple, tuple[str, ...]]:
         args, kwargs = jax.tree.unflatten(structure, leaves)
     else:
         args, kwargs = batch.args, batch.kwargs
-    return (args, kwargs, batch.rows, batch.counts), batch.padded
+    return (args, kwargs, batch.rows, batch.counts), (batch.padded, batch.axes)
 
 
-def _parts_with_keys(batch: Minibatch) -> tuple[tuple, tuple[str, ...]]:
-    parts, padded = _parts(batch)
+def _parts_with_keys(batch: Minibatch) -> tuple[tuple, tuple]:
+    parts, static = _parts(batch)
     names = map(GetAttrKey, ("args", "kwargs", "rows", "counts"))
-    return tuple(zip(names, parts, strict=True)), padded
+    return tuple(zip(names, parts, strict=True)), static
 
 
-def _joined(padded: tuple[str, ...], parts: Iterable[Any]) -> Minibatch:
+def _joined(static: tuple, parts: Iterable[Any]) -> Minibatch:
     args, kwargs, rows, counts = parts
 
     def is_static(tree: Any) -> bool:
@@ -134,7 +139,7 @@ def _joined(padded: tuple[str, ...], parts: Iterable[Any]) -> Minibatch:
         (args, kwargs),
         is_leaf=is_static,
     )
-    return Minibatch(args, kwargs, rows, counts, padded)
+    return Minibatch(args, kwargs, rows, counts, *static)
 
 
 jax.tree_util.register_pytree_with_keys(Minibatch, _parts_with_keys, _joined, _parts)
@@ -178,13 +183,14 @@ def minibatch(
     capacity : int, "powers of two", or dict of str to these, optional
         The step in which the padded sizes of batches grow, for all plates or for each
         by name. A batch is padded to the next multiple of a number, or to the next
-        power of two, by repeating its last row; but not beyond the plate's `size`. So
-        a number that no batch exceeds gives one size to all of them. Plates without a
-        capacity are left as they are.
+        power of two, by repeating its last row; but not up to the plate's `size`. So a
+        number that no batch exceeds gives one size to all of them, but for a batch of
+        all rows. Plates without a capacity are left as they are.
     size : int or dict of str to int, optional
         The full number of rows of the plates in `rows`, for all or for each by name.
-        Rows are then checked against it here, rather than by the step, and padding
-        ends there, since a plate cannot take more rows than it has.
+        Rows are then checked against it here, rather than by the step. Padding ends
+        one row before, so that an array of all rows, which the model should have
+        indexed, does not fit by chance.
 
     Returns
     -------
@@ -295,6 +301,7 @@ def batch_of(
         for plate, axis in own_plates:
             leaves[number] = _padded(leaves[number], axis, rooms[plate])
     made = jax.tree.unflatten(structure, leaves)
+    located = zip(names, plates, strict=True)
     integer = integer_type()
     return Minibatch(
         args=made[: len(args)],
@@ -306,6 +313,7 @@ def batch_of(
         ),
         counts={plate: integer(count) for plate, count in counts.items()},
         padded=tuple(plate for plate in counts if capacities.get(plate) is not None),
+        axes=tuple(tuple(own) for _, own in sorted(located, key=_as_jax_does)),
     )
 
 
@@ -469,6 +477,12 @@ def _plates(
     return [(plate, axis) for axis, plate in plates.items()]
 
 
+def _as_jax_does(named: tuple[int | str, Any]) -> tuple[bool, int | str]:
+    """Order leaves as those of a batch: positions, then keywords by their name."""
+    name, _ = named
+    return isinstance(name, str), name
+
+
 def _is_list(tree: Any) -> bool:
     return isinstance(tree, list)
 
@@ -542,7 +556,8 @@ def _room(plate: str, count: int, capacity: Any, size: int | None) -> int:
             f"The capacity of plate '{plate}' must be a whole number above 0 or "
             f"'{POWERS_OF_TWO}', not {capacity!r}."
         )
-    return room if size is None else min(room, size)
+    # Below the size, where an array of all rows that is not indexed does not fit.
+    return room if size is None else min(room, max(count, size - 1))
 
 
 def _padded(array: Any, axis: int, room: int) -> np.ndarray | jax.Array:

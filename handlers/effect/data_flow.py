@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import jax
@@ -30,9 +31,11 @@ class Site:
     ----------
     plates : frozenset of str
         The plates it stands in.
-    observed, factor, subsampled, scaled : bool
-        Whether it is observed, is a ``numpyro.factor``, stands in a subsampled plate,
-        and has a scale.
+    observed, factor, scaled : bool
+        Whether it is observed, is a ``numpyro.factor``, and has a scale that is not
+        that of its plates.
+    of_plates : float
+        The scale of its subsampled plates, 1.0 without one.
     shape : tuple of int
         That of its log density.
     density, scale : frozenset of tuple
@@ -42,8 +45,8 @@ class Site:
     plates: frozenset[str]
     observed: bool
     factor: bool
-    subsampled: bool
     scaled: bool
+    of_plates: float
     shape: tuple[int, ...]
     density: frozenset[tuple[str, Any]] = frozenset()
     scale: frozenset[tuple[str, Any]] = frozenset()
@@ -125,10 +128,10 @@ def flow(
 
 def _described(sites: dict[str, Any], found: dict[str, Site]) -> dict[str, Any]:
     """Return densities and scales, and add what is known of the sites to `found`."""
-    subsampled = {
-        site["name"]
+    scales = {
+        site["name"]: site["args"][0] / len(site["value"])
         for site in sites.values()
-        if site["type"] == "plate" and site["args"][0] != len(site["value"])
+        if site["type"] == "plate"
     }
     densities = {}
     for name, site in sites.items():
@@ -138,18 +141,26 @@ def _described(sites: dict[str, Any], found: dict[str, Site]) -> dict[str, Any]:
         names = frozenset(frame.name for frame in site["cond_indep_stack"])
         # An observed constant that differs from row to row is data, too.
         constant = site["is_observed"] and _differs_by_row(site["value"])
+        of_plates = prod(scales.get(name, 1.0) for name in names)
         found[name] = Site(
             plates=names,
             observed=site["is_observed"],
             factor=isinstance(site["fn"], Unit),
-            subsampled=bool(names & subsampled),
-            scaled=site["scale"] is not None,
+            scaled=not (
+                site["scale"] is None
+                or (of_plates != 1 and _is_close(site["scale"], of_plates))
+            ),
+            of_plates=of_plates,
             shape=jnp.shape(density),
             density=frozenset([("constant", ())] if constant else []),
         )
         scale = 1.0 if site["scale"] is None else site["scale"]
         densities[name] = jnp.sum(density), jnp.asarray(scale)
     return densities
+
+
+def _is_close(value: Any, other: float) -> bool:
+    return not isinstance(value, Tracer) and bool(np.all(np.isclose(value, other)))
 
 
 def _log_density(site: dict[str, Any]) -> jax.Array:

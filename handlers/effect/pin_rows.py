@@ -8,6 +8,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 import jax
+import numpy as np
 from numpyro.handlers import substitute
 
 from .internals import Tracer
@@ -38,7 +39,8 @@ class pin_rows:
         When made, if the model is not callable or no plate is named.
     ValueError
         When made, if the model has no such argument. When called, if the model does
-        not make a plate of that name, or if the rows are not indices into the plate.
+        not make a plate of that name; if the rows are not indices into the plate; if
+        the plate takes others, known to differ, as those of a guide that is not served.
 
     Examples
     --------
@@ -85,7 +87,7 @@ class pin_rows:
                 given |= given.pop(name)
         rows = {plate: given.get(name) for plate, name in self._plates.items()}
         rows = {plate: own for plate, own in rows.items() if own is not None}
-        with substitute_rows(rows) as pins:
+        with _pinned_rows(rows) as pins:
             result = self._model(*args, **kwargs)
         for plate in sorted(self._plates.keys() - pins.sizes.keys()):
             raise ValueError(
@@ -139,3 +141,23 @@ class substitute_rows(substitute):
             if name in self.data:
                 check_rows(name, size, self._known[name])
         super().process_message(msg)
+
+
+class _pinned_rows(substitute_rows):
+    """Pins rows of plates, and refuses that handlers around give others."""
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "plate" or msg["name"] not in self.data:
+            return
+        rows, taken = self.data[msg["name"]], msg["value"]
+        if taken is rows or (isinstance(rows, Tracer) and isinstance(taken, Tracer)):
+            return
+        traced = isinstance(rows, Tracer) or isinstance(taken, Tracer)
+        if traced or not np.array_equal(rows, taken):
+            raise ValueError(
+                f"pin_rows pins {len(rows)} rows of plate '{msg['name']}' (size "
+                f"{msg['args'][0]}), but a handler around the model gives it other "
+                "ones, as NumPyro does with those of a guide that is not served. Enter "
+                "dynamic_subsample() around init and all steps, wrap the guide in it, "
+                "or pin the same rows in the guide."
+            )

@@ -220,11 +220,15 @@ def check_size(name: str, of_model: int, of_guide: int) -> None:
     """Refuse a plate whose full size has changed since the guide was made."""
     if of_model == of_guide:
         return
-    more = " If rows have come in, call the method grow of SubsampleSVI."
+    more = (
+        " If rows have come in, call the method grow of SubsampleSVI."
+        if of_model > of_guide
+        else " A plate cannot lose rows: leave old ones out of the batches instead."
+    )
     raise ValueError(
         f"Give plate '{name}' the number of rows of the whole data set, here "
         f"{of_guide}: numpyro.plate('{name}', {of_guide}, subsample_size=...). In the "
         f"model it has size {of_model}, but the guide's parameters were made for "
-        f"{of_guide} rows.{more if of_model > of_guide else ''} For other data, build "
-        "a new guide and call svi.init again."
+        f"{of_guide} rows.{more} For other data, build a new guide and call svi.init "
+        "again."
     )

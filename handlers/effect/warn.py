@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from math import isclose
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -264,8 +265,9 @@ def _inside(site: Site, plate: PlateRows) -> frozenset[tuple[str, Any]]:
 
 def _scale_message(name: str, site: Site, plate: PlateRows, padded: bool) -> str | None:
     what = f"{'Factor' if site.factor else 'Site'} '{name}'"
+    takes = "is padded to" if padded else "takes"
     where = (
-        f"{what} depends on latents of plate '{plate.name}', which takes "
+        f"{what} depends on latents of plate '{plate.name}', which {takes} "
         f"{plate.subsample_size} of its {plate.size} rows, but stands outside of the "
         "plate and"
     )
@@ -275,12 +277,23 @@ def _scale_message(name: str, site: Site, plate: PlateRows, padded: bool) -> str
             f"{where} sums over its rows, those of the padding too. Move it into the "
             "plate, or give batches without a capacity."
         )
-    if site.subsampled:
-        # Data in a subsampled plate of their own have the scale of that.
-        return None
-    if not site.scaled:
+    of_plate = plate.size / plate.subsample_size
+    if site.of_plates != 1 and not site.scaled:
+        if isclose(site.of_plates, of_plate):
+            # As many data for each row.
+            return None
+        why = (
+            f"has the scale of its own plates, {site.of_plates:.4g}, and not that of "
+            f"'{plate.name}', {of_plate:.4g}. In batches of rows with all of their "
+            "data, rows with few data then count too much"
+        )
+    elif not site.scaled:
         why = "has no scale, so that its data count too little"
-    elif padded and not any(mark == "argument" for mark, _ in site.scale):
+    elif (
+        padded
+        and site.of_plates == 1
+        and not any(mark == "argument" for mark, _ in site.scale)
+    ):
         why = "has a constant scale, which cannot follow the count of valid rows"
     else:
         return None

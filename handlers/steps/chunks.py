@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..batches.minibatch import Minibatch
-from ..effect.warn import warn
 
 # A dispatch takes some 0.1 ms on the host, most of what a step on a small batch takes
 # and nothing beside one on a large batch. So batches go together up to so many bytes.
@@ -197,40 +196,3 @@ def _stacked(batches: list[Minibatch], room: int) -> Minibatch:
         return whole
 
     return jax.tree.map(stack, *batches)
-
-
-class Sizes:
-    """Tells once of batches that let a step be compiled again and again."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, set[int]] = {}
-        self._shapes: list[Any] = []
-        self._told = False
-
-    def see(self, batch: Minibatch) -> None:
-        """Note a batch whose shape may be new."""
-        if self._told:
-            return
-        shape = jax.tree.structure(batch), [np.shape(x) for x in jax.tree.leaves(batch)]
-        if shape in self._shapes:
-            return
-        self._shapes.append(shape)
-        for plate, count in batch.counts.items():
-            if plate not in batch.padded:
-                self._seen.setdefault(plate, set()).add(int(count))
-        ragged = {p: own for p, own in self._seen.items() if len(own) > 2}
-        if (batch.rows and not ragged) or len(self._shapes) < 3:
-            return
-        self._told = True
-        sizes = " and ".join(
-            f"{', '.join(f'{n:,}' for n in sorted(own))} rows of plate '{plate}'"
-            for plate, own in ragged.items()
-        )
-        capacity = {plate: max(own) for plate, own in ragged.items()} or "..."
-        warn(
-            f"fit has compiled the step for {len(self._shapes)} shapes of batch"
-            f"{sizes and ', with ' + sizes}. Each new one takes as long again. Give "
-            "all of them the same: minibatch(..., rows=..., "
-            f"capacity={capacity}), with the largest counts that there are.",
-            UserWarning,
-        )

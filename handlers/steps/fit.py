@@ -18,13 +18,16 @@ from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
 from ..batches.minibatch import Minibatch, as_minibatch
-from .chunks import Chunks, Sizes, in_turn
-from .start import check_key
+from ..effect.warn import warn
+from .advice import Sizes, warn_of_untrained_rows
+from .chunks import Chunks, in_turn
+from .start import check_key, check_state
 
 if TYPE_CHECKING:
     from .subsample_svi import SubsampleSVI
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
+ENDLESS = 10**15
 
 
 class FitResult(NamedTuple):
@@ -68,6 +71,14 @@ class FitResult(NamedTuple):
     stopped: str | None
     compilations: int
 
+    def __repr__(self) -> str:
+        loss = f"{self.epoch_losses[-1]:,.4f}" if len(self.epoch_losses) else "none"
+        return (
+            f"FitResult({len(self.params)} parameters, {len(self.losses):,} steps, "
+            f"{len(self.epoch_losses):,} epochs, last loss {loss}, "
+            f"stopped={self.stopped!r}, {self.compilations} compilations)"
+        )
+
 
 def fit(
     self: SubsampleSVI,
@@ -104,7 +115,9 @@ def fit(
         first batch.
     initial_epoch : int, default 0
         The number of the first epoch: how many epochs `state` has been trained for.
-        With the same batches, the fit is bit for bit one that never stopped.
+        With the same batches, the fit is bit for bit one that never stopped; from
+        process to process, if these have one ``PYTHONHASHSEED``, since NumPyro adds
+        sites up in the order of a set.
     validation : iterable, or callable, optional
         Batches to evaluate after each epoch, in the form of `batches`. They use the
         same random numbers in each epoch.
@@ -142,8 +155,9 @@ def fit(
         If a loss is not finite and `check_finite` is true. With `stable_update`, only
         if no loss of an epoch is finite.
     ValueError
-        If `batches` is an iterator, which ends after one epoch, and `epochs` asks for
-        more; if an epoch has no batch; if `patience` is given without `validation`, or
+        If `state` is that of another model, guide or optimizer; if `batches` never
+        ends, or is an iterator, which ends after one epoch, and `epochs` asks for more;
+        if an epoch has no batch; if `patience` is given without `validation`, or
         `initial_epoch` without `state`; if a number is smaller than 1.
     Exception
         Whatever `batches`, `callback`, the model or the guide raise.
@@ -151,7 +165,9 @@ def fit(
     Warns
     -----
     UserWarning
-        Once, if the step is compiled for a third size of batches without capacity.
+        Once, if the step is compiled for a third size of batches without capacity; if
+        the first epoch trains none of the rows of `validation`, whose latents the guide
+        then does not know; if `initial_epoch` is larger than `epochs`.
 
     Notes
     -----
@@ -214,6 +230,12 @@ def fit(
             f"No epoch is left after {initial_epoch} of {epochs}, and this SVI has not "
             "seen the model yet. Call svi.init first, or leave the fit out."
         )
+    if initial_epoch > epochs:
+        warn(
+            f"No epoch is left: epochs={epochs} counts those before "
+            f"initial_epoch={initial_epoch}.",
+            UserWarning,
+        )
     _check_batches("batches", batches, epochs - initial_epoch)
     if validation is not None:
         _check_batches("validation", validation, epochs - initial_epoch)
@@ -260,13 +282,15 @@ def fit(
             # `init` also sets up a new SVI that is given a state.
             fresh = self.init(rng_key, batch)
             now = fresh if now is None else now
+        if not passes:
+            check_state(self, now)
 
     now: Any = None if state is None else jax.tree.map(jnp.copy, state)
     passes: list[_Losses] = []
     epoch_losses: list[float] = []
     validation_losses: list[float] = []
     best, best_loss, worse = None, np.inf, 0
-    stopped, whole_step, sizes = None, _WholeStep(), Sizes()
+    stopped, whole_step, sizes = None, _WholeStep(), Sizes(self.loss)
     # Until there is a step to count, it says what takes the time.
     bar = tqdm(bar_format="initialising", unit="step", disable=not progress_bar)
     training = Chunks(train, steps_per_dispatch, whole_step)
@@ -289,8 +313,8 @@ def fit(
                 given = _of_epoch(batches, epoch)
                 steps = length_hint(given) or (len(passes[-1].counts) if passes else 0)
                 bar.total = bar.n + (epochs - epoch) * steps or None
-                losses = _Losses("step", epoch, skips=stable_update)
-                passes.append(losses)
+                losses = _Losses("step", epoch, stable_update)
+                losses.rows = None if passes or validation is None else []
 
                 def done(some: list, of_some: Any, losses: _Losses = losses) -> None:
                     losses.add(some, of_some)
@@ -300,13 +324,18 @@ def fit(
                 bar.set_description_str(f"epoch {epoch + 1}/{epochs}", refresh=False)
                 first, made = _checked(given, epoch)
                 begin(first)
+                passes.append(losses)
                 training.run(made, done)
                 epoch_losses.append(losses.mean(check_finite))
                 shown = {"loss": f"{epoch_losses[-1]:,.4f}"}
                 if validation is not None:
                     held_out = _Losses("validation batch", epoch)
+                    held_out.rows = None if losses.rows is None else []
                     given = _of_epoch(validation, epoch)
                     validating.run(_checked(given, epoch)[1], held_out.add)
+                    if losses.rows is not None and held_out.rows is not None:
+                        warn_of_untrained_rows(self.guide, losses.rows, held_out.rows)
+                        losses.rows = None
                     validation_losses.append(held_out.mean(check_finite))
                     shown["validation"] = f"{validation_losses[-1]:,.4f}"
                 bar.total = bar.n + (epochs - epoch - 1) * len(losses.counts)
@@ -389,6 +418,8 @@ class _Losses:
         self._losses: list[Any] = []
         self._weights: list[int] = []
         self.counts: list[dict[str, Any]] = []
+        # Those of the first batches, for a look at the validation.
+        self.rows: list[dict[str, Any]] | None = None
 
     def add(self, batches: Sequence[Minibatch], losses: Any) -> None:
         """Add the losses of some batches, the first ones of an array."""
@@ -396,6 +427,8 @@ class _Losses:
         for batch in batches:
             counts, rows = batch.counts, batch.rows
             self.counts.append(counts)
+            if self.rows is not None:
+                self.rows.append(batch.pinned)
             self._weights.append(counts[next(iter(rows))] if rows else 1)
 
     def fetch(self) -> np.ndarray:
@@ -428,10 +461,10 @@ class _Losses:
         raise FloatingPointError(
             f"The loss is {self.fetch()[number]} in {self._what} {number} of epoch "
             f"{self._epoch} (both from 0), with {', '.join(held) or 'no plate named'}. "
-            "Likely reasons: the data are not finite; rows or counts that "
+            "Likely reasons: the data are not finite, or NaN; rows or counts that "
             "minibatch(...) did not check are out of range; the step size is too "
             "large. jax.debug_nans(True) names the operation, stable_update=True skips "
-            "such steps, and check_finite=False goes on."
+            "such steps of the training, and check_finite=False goes on."
         )
 
 
@@ -494,6 +527,11 @@ def _check_batches(what: str, batches: Any, epochs: int) -> None:
         raise ValueError(
             f"{what} must be a list or a loader of batches, or a function of the "
             f"epoch's number that returns one, not {type(batches).__name__}."
+        )
+    if length_hint(batches) >= ENDLESS:
+        raise ValueError(
+            f"{what} never ends: it says that it has {length_hint(batches):,} batches. "
+            "Leave out repeat(), since fit repeats what it is given epochs times."
         )
     if isinstance(batches, Iterator) and epochs > 1:
         raise ValueError(

@@ -57,6 +57,35 @@ def check_seen(svi: SVI) -> None:
         )
 
 
+def check_state(svi: SVI, state: SVIState) -> None:
+    """Check that a state is one of this model, guide and optimizer.
+
+    Raises
+    ------
+    ValueError
+        If it has other parameters, or the optimizer's state another structure.
+    """
+    given: Any = jax.tree.structure(state.optim_state)
+    try:
+        params = svi.optim.get_params(state.optim_state)
+        expected = jax.tree.structure(jax.eval_shape(svi.optim.init, params))
+    except Exception:
+        params, expected = {}, None
+    constrain: Any = svi.constrain_fn
+    names = constrain.args[0].keys()
+    if params and params.keys() != names:
+        raise ValueError(
+            f"The state has the parameters {sorted(params)}, but model and guide have "
+            f"{sorted(names)}. Give a state of this model and guide."
+        )
+    if given != expected:
+        raise ValueError(
+            f"The state is not one of this {type(svi).__name__}'s optimizer: it has "
+            f"the structure {given}, and not {expected}. Restore a checkpoint to the "
+            "structure of svi.init(key, batch)."
+        )
+
+
 def init_at_once(
     svi: SVI,
     init: Callable[[jax.Array], SVIState],

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from numpyro.handlers import substitute
 from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
 
+from ..batches.data_axes import check_data_axes
 from ..batches.minibatch import Minibatch
 from ..batches.padding import check_names, mask_padding
 from ..effect import internals
@@ -68,7 +70,8 @@ class SubsampleSVI(SVI):
     Raises
     ------
     ValueError
-        When made with `rowwise`, if the optimizer does not go by gradients alone. By
+        When made, if guide and model are exchanged, or the loss is a class; with
+        `rowwise`, if the optimizer does not go by gradients alone. By
         a step with `rowwise`, if the optimizer mixes rows, as adafactor does; if the
         guide is one joint distribution over the rows; if several particles draw rows
         of their own; if a parameter with rows is read outside of its plate, too.
@@ -131,6 +134,16 @@ class SubsampleSVI(SVI):
         rowwise: bool = False,
         **static_kwargs: Any,
     ) -> None:
+        if isinstance(model, AutoGuide):
+            raise ValueError(
+                f"The first argument is the model, not {type(model).__name__}: "
+                "SubsampleSVI(model, guide, optim, loss)."
+            )
+        if isinstance(loss, type):
+            raise ValueError(
+                f"The loss is the class {loss.__name__}. Make an object of it: "
+                f"{loss.__name__}()."
+            )
         if makes_plates(guide):
             refuse_create_plates(guide)
         guide = dynamic_subsample(guide, model=model)
@@ -363,7 +376,10 @@ class SubsampleSVI(SVI):
         set ``svi.guide.init_loc_fn`` before.
 
         The new rows have no moments yet, while the optimizer's count of steps goes on:
-        the first steps of Adam are up to three times as long for them.
+        the first steps of Adam are up to three times as long for them, and a schedule
+        that has decayed does not move them. To start the optimizer anew, with all that
+        was fitted, ``svi.init(key, batch, init_params=svi.get_params(state))``. Train
+        on old rows, too, or the globals follow the new ones alone.
 
         A guide of your own must take the size of its plates from its arguments.
 
@@ -425,6 +441,7 @@ class SubsampleSVI(SVI):
             stack.enter_context(internals.replaced(self, loss=loss))
             stack.enter_context(pins)
             stack.enter_context(padding)
+            stack.enter_context(check_data_axes(batch))
             # A handler cannot tell this objective from the others; here it is known.
             if isinstance(self.loss, TraceGraph_ELBO):
                 stack.enter_context(warn_of_score_functions(self.guide.fn))
