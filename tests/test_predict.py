@@ -824,6 +824,7 @@ def one(rows=None, unseen=(), count=3, return_sites=None, **options):
 
 ROWS = {"n": np.arange(3)}
 CHUNKS = [batch_of([0, 1]), batch_of([2, 3])]
+TRANSPOSED = batch_of([0, 1, 2, 3], np.zeros((4, 4)))
 
 
 @pytest.mark.parametrize(
@@ -845,6 +846,7 @@ CHUNKS = [batch_of([0, 1]), batch_of([2, 3])]
             r"Batch 1 gives .*leave \['residual'\] out",
         ),
         (model, (np.zeros(3), {}), "one Minibatch or an iterable of them, not ndarray"),
+        (crossed, (TRANSPOSED, {}), r"'y' .* runs along plate 'n' with axis 0, but"),
         (model, ([], {}), "no batch"),
         (model, (CHUNKS, {"num_samples": 0}), "whole number of at least 1, not 0"),
     ],

@@ -9,6 +9,7 @@ common, whoever makes the keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,7 +144,7 @@ class Draw:
     def __call__(self, key: jax.Array, given: Given) -> dict[str, jax.Array]:
         given = jax.tree.map(jnp.asarray, given)
         # Padded rows are drawn like others, and are cut off later.
-        with self._svi._on(Minibatch((), {}, given.batch.rows, {}, padded=())):
+        with self._svi._on(replace(given.batch, padded=())):
             return self._run(key, given)
 
     def _run(self, key: jax.Array, given: Given) -> dict[str, jax.Array]:
