@@ -135,7 +135,7 @@ def predict(
     True
     """
     sites = None if return_sites is None else tuple(return_sites)
-    request = Request(tuple(unseen), sites, infer_discrete)
+    request = Request(_names(unseen), sites, infer_discrete)
     return _computed(self, rng_key, fitted, batches, num_samples, progress_bar, request)
 
 
@@ -193,14 +193,21 @@ def log_likelihood(
     >>> found["y"].shape == (50, N)
     True
 
-    For leave-one-out cross-validation, without what the latents of a row have seen:
+    The density of rows for latents from their prior, which have not seen the rows;
+    globals have:
 
     >>> found = svi.log_likelihood(
     ...     key, state, batches, 50, unseen=["people"], progress_bar=False
     ... )
     """
-    request = Request(tuple(unseen), log_likelihood=True)
+    request = Request(_names(unseen), log_likelihood=True)
     return _computed(self, rng_key, fitted, batches, num_samples, progress_bar, request)
+
+
+def _names(unseen: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(unseen, str):
+        raise ValueError(f"unseen is a list of plates: unseen=[{unseen!r}].")
+    return tuple(unseen)
 
 
 def _computed(
