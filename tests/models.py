@@ -2,14 +2,19 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
-from numpyro.infer.autoguide import AutoGuideList
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
+
+from numpyro_dynamic_subsample import SubsampleSVI, dynamic_subsample
 
 N = 8
 X = jnp.asarray(np.random.default_rng(0).normal(size=N))
@@ -34,6 +39,24 @@ def guide_list(model, parts, *, hide=(), **options):
         others = [name for key in parts if key != names for name in key.split()]
         guide.append(make(handlers.block(model, hide=[*hide, *others]), **options))
     return guide
+
+
+def svi_of(model, guide=AutoNormal, form="wrapper", loss=None, optim=None, **options):
+    """With a wrapped guide, `SubsampleSVI`, or neither, for a context around."""
+    guide = guide(model) if isinstance(guide, type) else guide
+    if form == "wrapper":
+        of_guide = None if isinstance(guide, AutoGuide) else model
+        guide = dynamic_subsample(guide, model=of_guide)
+    svi = SubsampleSVI if form == "SubsampleSVI" else SVI
+    return svi(model, guide, optim or optax.sgd(0.1), loss or Trace_ELBO(), **options)
+
+
+def rows_moved(svi, state, *args, name="z_auto_loc"):
+    """Which rows of a parameter a compiled step changes."""
+    # The arguments stay concrete, as host code wants them.
+    after, _ = jax.jit(lambda state: svi.update(state, *args))(state)
+    before, after = (svi.get_params(own)[name] for own in (state, after))
+    return np.flatnonzero(after != before).tolist()
 
 
 def initialised(guide, size=4):

@@ -3,9 +3,6 @@
 ``python tests/test_alignment.py`` prints the table that ``tests/README.md`` has.
 """
 
-import copy
-import gc
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +15,8 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpyro import handlers
-from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
-from numpyro.infer.autoguide import (
-    AutoDelta,
-    AutoDiagonalNormal,
-    AutoNormal,
-    AutoSemiDAIS,
-)
+from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
+from numpyro.infer.autoguide import AutoDelta
 
 from checks import told
 from models import (
@@ -32,12 +24,10 @@ from models import (
     N,
     guide_list,
     indexing,
-    latent_and_obs,
     pinned_plate,
     plate,
     sliced,
     sliced_and_pinned,
-    subsampling,
     two_latents,
 )
 from numpyro_dynamic_subsample import (
@@ -46,7 +36,6 @@ from numpyro_dynamic_subsample import (
     UnscaledSubsampleWarning,
     dynamic_subsample,
 )
-from numpyro_dynamic_subsample.effect import warn
 
 B = 4
 STEPS = 60
@@ -130,9 +119,6 @@ def markdown():
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-# ------------------------------------------------------------------ training
-
-
 def halves(rng):
     return rng.permutation(N)[:B]
 
@@ -150,10 +136,7 @@ def pinning(x, rows):
 
 
 def train(
-    svi,
-    draw=halves,
-    around=lambda rows: nullcontext(),
-    batched=lambda *batch: batch,
+    svi, draw=halves, around=lambda rows: nullcontext(), batched=lambda *batch: batch
 ):
     """Train in one jitted step, and return the latents' parameters."""
     rng = np.random.default_rng(0)
@@ -197,9 +180,6 @@ def init(svi, x=TRUTH[:B], rows=None, **keywords):
 
 def warned():
     return pytest.warns(MisalignedSubsampleWarning)
-
-
-# ------------------------------------------------------------------ the ways
 
 
 def test_no_pin():
@@ -356,244 +336,6 @@ def test_range():
 
 def test_every_way_is_measured():
     assert {f"test_{name.replace(' ', '_')}" for name in WAYS} <= globals().keys()
-
-
-# ------------------------------------------------------------------ false alarms
-
-
-def covariates_only(x, rows):
-    """The data are in a distribution's parameters, and all else is the same."""
-    with plate(x, rows) as idx:
-        z = numpyro.sample("z", dist.Normal(0, 10))
-        numpyro.sample("y", dist.Normal(z - TRUTH[idx], 1), obs=0.0)
-
-
-def without_data(x, rows):
-    with plate(x, rows):
-        z = numpyro.sample("z", dist.Normal(0, 10))
-        numpyro.factor("f", -(z**2))
-
-
-def data_elsewhere(x, rows):
-    with plate(x, rows):
-        numpyro.sample("z", dist.Normal(0, 10))
-    numpyro.sample("y", dist.Normal(0, 1), obs=1.0)
-
-
-def of_global(x, rows):
-    mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with plate(x, rows):
-        numpyro.sample("y", dist.Normal(mu, 1), obs=x)
-
-
-def amortised(x, rows):
-    w = numpyro.param("w", 1.0)
-    with plate(x, rows):
-        numpyro.sample("z", dist.Normal(w * x, 1))
-
-
-def unaligned(model):
-    """How many warnings the first two calls give, eager and traced."""
-    guide = amortised if model is sliced else AutoNormal(model)
-    svi = svi_of(model, dynamic_subsample(guide, model=model))
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
-        state = init(svi)
-        jax.eval_shape(svi.update, state, TRUTH[:B], jnp.arange(B))
-    return [w.category for w in given]
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        indexing,
-        subsampling,
-        covariates_only,
-        without_data,
-        data_elsewhere,
-        of_global,
-        sliced,
-        sliced_and_pinned,
-    ],
-)
-def test_no_false_alarm(model):
-    assert unaligned(model) == []
-
-
-def test_no_false_alarm_for_full_size_or_pins_around():
-    svi = svi_of(sliced, dynamic_subsample(AutoNormal(sliced)))
-    init(svi, TRUTH)
-    with handlers.substitute(data={"n": jnp.arange(B)}):
-        init(svi)
-    # Only now are rows drawn.
-    with warned():
-        init(svi)
-
-
-# ------------------------------------------------------------------ alarms
-
-
-def param_per_row(x, rows):
-    """A parameter of the model follows the rows, and the data do not."""
-    with plate(x, rows):
-        bias = numpyro.param("bias", jnp.zeros(N), event_dim=0)
-        z = numpyro.sample("z", dist.Normal(0, 10))
-        numpyro.sample("y", dist.Normal(z + bias, 1), obs=x)
-
-
-def factor_of_data(x, rows):
-    with plate(x, rows):
-        z = numpyro.sample("z", dist.Normal(0, 10))
-        numpyro.factor("y", -((z - x) ** 2))
-
-
-@pytest.mark.parametrize("model", [param_per_row, factor_of_data])
-def test_data_that_do_not_follow(model):
-    assert unaligned(model) == [MisalignedSubsampleWarning]
-
-
-def indexed_by_hand(x, rows):
-    loc = numpyro.param("loc", jnp.zeros(N))
-    with plate(x, rows) as idx:
-        numpyro.sample("z", dist.Normal(loc[idx], 1))
-
-
-def semi_dais(model):
-    return AutoSemiDAIS(model, model, None, None)
-
-
-GUIDES = [AutoNormal, AutoDiagonalNormal, semi_dais, lambda model: indexed_by_hand]
-
-
-@pytest.mark.parametrize("make", GUIDES)
-def test_guides_with_parameters_per_row(make):
-    guide = dynamic_subsample(make(sliced), model=sliced)
-    svi = svi_of(sliced, guide)
-    # A joint guide makes its first call at full size.
-    init(svi, TRUTH)
-    with warned() as given:
-        init(svi)
-        init(svi)
-    (message,) = (str(w.message) for w in given)
-    for part in ("Plate 'n' draws 4 of its 8 rows", "['z']", "x[idx]", "rows={'n'"):
-        assert part in message
-
-
-@pytest.mark.parametrize("pins", [{}, {"n": jnp.arange(B)}], ids=["drawn", "pinned"])
-def test_guides_served_one_by_one(pins):
-    def model(x, rows):
-        with plate(x, rows):
-            latent_and_obs(x, "a")
-            latent_and_obs(x, "z")
-
-    parts = [
-        AutoDelta(handlers.block(model, hide=["z", "y_z"]), prefix="a_auto"),
-        AutoDelta(handlers.block(model, hide=["a", "y_a"]), prefix="z_auto"),
-    ]
-
-    def guide(x, rows):
-        for part in parts:
-            part(x, rows)
-
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
-        with handlers.substitute(data=pins), dynamic_subsample():
-            init(svi_of(model, guide))
-    latents = [name for w in given for name in "az" if f"['{name}']" in str(w.message)]
-    assert latents == ([] if pins else ["a", "z"])
-
-
-def test_error_instead_of_warning_stays_one():
-    svi = svi_of(sliced, dynamic_subsample(AutoNormal(sliced)))
-    for _ in range(2):
-        with pytest.raises(MisalignedSubsampleWarning):
-            init(svi)
-
-
-def test_copies_are_guides_of_their_own_and_none_is_kept():
-    before = len(warn._looked_at)
-    guide = dynamic_subsample(AutoNormal(sliced))
-    with warned():
-        init(svi_of(sliced, guide))
-    other = copy.deepcopy(guide)
-    with warned():
-        init(svi_of(sliced, other))
-    init(svi_of(sliced, guide))
-    del guide, other
-    gc.collect()
-    assert len(warn._looked_at) <= before
-
-
-def test_model_that_needs_concrete_values_is_left_alone():
-    def model(x, rows):
-        if x.sum() > 0:
-            sliced(x, rows)
-
-    svi = svi_of(model, dynamic_subsample(AutoNormal(model)))
-    init(svi)
-
-
-# ------------------------------------------------------------------ disagreement
-
-
-def asking(size):
-    return handlers.substitute(lambda x, rows: indexing(range(size), rows), data={})
-
-
-def test_model_that_asks_for_another_size():
-    svi = svi_of(asking(3), AutoDelta(asking(4)))
-    message = r"asks plate 'n' \(size 8\) for 3 rows, but the guide .* took 4\. Name"
-    with pytest.raises(ValueError, match=message), dynamic_subsample():
-        init(svi)
-
-
-@pytest.mark.parametrize("loss", [Trace_ELBO(), TraceEnum_ELBO(max_plate_nesting=1)])
-def test_pins_in_guide_and_model_that_differ(loss):
-    """The guide's own model pins rows that are next to those of the batch."""
-
-    def off_by_one(x, rows):
-        with pinned_plate(x, (rows + 1) % N):
-            latent_and_obs(x)
-
-    rows = jnp.array([2, 3, 4, 5])
-    svi = svi_of(sliced_and_pinned, AutoDelta(off_by_one), loss)
-    with dynamic_subsample():
-        message = r"pins rows \[2 3 4 5\] .* took \[3 4 5 6\]"
-        with pytest.raises(ValueError, match=message):
-            state = init(svi, rows=rows)
-            svi.evaluate(state, TRUTH[rows], rows)
-        svi = svi_of(sliced_and_pinned, AutoDelta(sliced_and_pinned), loss)
-        svi.evaluate(init(svi, rows=rows), TRUTH[rows], rows)
-
-
-# ------------------------------------------------------------------ gradients, counts
-
-
-def discrete(x, rows):
-    with plate(x, rows) as idx:
-        k = numpyro.sample("k", dist.Bernoulli(0.5))
-        numpyro.sample("y", dist.Normal(k, 1), obs=TRUTH[idx])
-
-
-def guide_of_discrete(x, rows):
-    with plate(x, rows):
-        logits = numpyro.param("logits", jnp.zeros(N), event_dim=0)
-        numpyro.sample("k", dist.Bernoulli(logits=logits))
-
-
-def test_score_function_in_a_subsampled_plate():
-    def guide(x, rows):
-        guide_of_discrete(x, rows)
-
-    svi = svi_of(discrete, guide, TraceGraph_ELBO(), SubsampleSVI)
-    init(svi, TRUTH)
-    with pytest.warns(UserWarning, match=r"'n', 8 / 4, twice .* site 'k'") as given:
-        state = init(svi)
-        jax.eval_shape(svi.update, state, TRUTH[:B], jnp.arange(B))
-    assert len(given) == 1
-    enumerated = TraceEnum_ELBO(max_plate_nesting=1)
-    init(svi_of(discrete, guide_of_discrete, enumerated, SubsampleSVI))
-    init(svi_of(indexing, AutoNormal(indexing), TraceGraph_ELBO(), SubsampleSVI))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpyro.infer import Trace_ELBO
 from numpyro.optim import (
     SGD,
     Adagrad,
@@ -23,7 +22,7 @@ from numpyro.optim import (
 from optax import contrib
 
 from checks import compilations
-from numpyro_dynamic_subsample import SubsampleSVI
+from models import svi_of
 
 N, WIDTH = 7, 3
 CLIP = optax.clip_by_global_norm(0.1)
@@ -109,7 +108,7 @@ def model(size):
 
 
 def trace_a_step(optim):
-    svi = SubsampleSVI(model, guide, optim, Trace_ELBO(), rowwise=True)
+    svi = svi_of(model, guide, "SubsampleSVI", optim=optim, rowwise=True)
     state = jax.eval_shape(lambda key: svi.init(key, N), jax.random.key(0))
     jax.eval_shape(lambda state: svi.update(state, 2), state)
 
@@ -127,7 +126,7 @@ def test_what_mixes_rows_is_refused(name):
 
 
 def test_a_check_compiles_nothing():
-    svi = SubsampleSVI(model, guide, optax.adam(0.3), Trace_ELBO(), rowwise=True)
+    svi = svi_of(model, guide, "SubsampleSVI", optim=optax.adam(0.3), rowwise=True)
     state = svi.init(jax.random.key(0), N)
     with compilations() as found:
         jax.eval_shape(lambda state: svi.update(state, 2), state)
@@ -138,7 +137,7 @@ def test_a_norm_of_gradients_is_that_of_the_ordinary_step():
     optim = ACCEPTED["clip_by_global_norm, sgd"]
     reached = []
     for rowwise in (True, False):
-        svi = SubsampleSVI(model, guide, optim, Trace_ELBO(), rowwise=rowwise)
+        svi = svi_of(model, guide, "SubsampleSVI", optim=optim, rowwise=rowwise)
         state = svi.init(jax.random.key(0), N)
         for _ in range(3):
             state, _ = jax.jit(svi.update, static_argnums=1)(state, 2)
@@ -175,7 +174,7 @@ def is_accepted(optim):
     return True
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(
     names=st.lists(st.sampled_from(sorted(TRANSFORMATIONS)), min_size=1, max_size=3),
     count=st.integers(1, N - 1),

@@ -32,17 +32,17 @@ from numpyro.infer.autoguide import (
 from numpyro.optim import Adagrad, Minimize
 
 from checks import assert_close, assert_equal, told
-from models import CASES, N, X, guide_list, independent
-from numpyro_dynamic_subsample import SubsampleSVI
+from models import CASES, N, X, guide_list, independent, svi_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::numpyro_dynamic_subsample.MisalignedSubsampleWarning"
 )
 
+rowwise = partial(svi_of, form="SubsampleSVI", rowwise=True)
+ADAM = optax.adam(0.1)
 SCHEDULE = optax.exponential_decay(0.05, 2, 0.5)
 FORGETFUL = {
     "sgd": optax.sgd(SCHEDULE),
-    "adagrad": optax.adagrad(0.1),
     "numpyro's Adagrad": Adagrad(0.1, momentum=0.0),
 }
 
@@ -95,18 +95,12 @@ def test_parameters_equal_those_of_svi(name):
     optim = FORGETFUL[name]
     theirs = AutoNormal(sliced, create_plates=plates_of_sliced)
     theirs = train(PinnedSVI(sliced, theirs, optim, Trace_ELBO()), pinned(*ROWS))
-    ours = SubsampleSVI(sliced, AutoNormal(sliced), optim, Trace_ELBO(), rowwise=True)
+    ours = rowwise(sliced, optim=optim)
     assert_equal(train(ours, pinned(*ROWS)), theirs)
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("one latent", 3),
-        ("one latent", N),
-        ("nested plates", 3),
-        ("every primitive", 3),
-    ],
+    ("name", "size"), [("one latent", N), ("nested plates", 3), ("every primitive", 3)]
 )
 def test_rows_are_drawn_as_by_svi(name, size):
     model, plates = CASES[name]
@@ -115,7 +109,7 @@ def test_rows_are_drawn_as_by_svi(name, size):
     theirs = AutoNormal(model, create_plates=plates)
     steps = [((), {"size": size})] * 3
     theirs = train(SVI(model, theirs, optim, Trace_ELBO()), steps)
-    ours = SubsampleSVI(model, AutoNormal(model), optim, Trace_ELBO(), rowwise=True)
+    ours = rowwise(model, optim=optim)
     assert_equal(train(ours, steps), theirs)
 
 
@@ -188,7 +182,7 @@ def test_guides_and_objectives_take_rows(name):
     model, guide, loss = SERVED[name]
 
     def trained(**options):
-        svi = SubsampleSVI(model, guide(model), optax.sgd(0.05), loss, **options)
+        svi = svi_of(model, guide(model), "SubsampleSVI", loss, **options)
         return train(svi, pinned(*ROWS[:3]))
 
     check = assert_equal
@@ -201,16 +195,7 @@ def test_lazy_optimizers_let_other_rows_rest():
     # Always the same rows: for these, nothing is lazy.
     rows, others = jnp.array([5, 0, 3]), jnp.array([1, 2, 4, 6, 7])
     batches = pinned(*[rows] * 4)
-    svi = [
-        SubsampleSVI(
-            independent,
-            AutoNormal(independent),
-            optax.adam(0.1),
-            Trace_ELBO(),
-            rowwise=r,
-        )
-        for r in (True, False)
-    ]
+    svi = [rowwise(independent, optim=ADAM, rowwise=own) for own in (True, False)]
     start = svi[0].get_params(svi[0].init(jax.random.key(0), *batches[0][0]))
     (ours, losses), (theirs, of_theirs) = (train(one, batches) for one in svi)
     assert_equal(losses, of_theirs)
@@ -226,9 +211,7 @@ CAPACITY = 5
 @pytest.fixture(scope="module")
 def padded_and_not():
     """A padded step, and an unpadded one, with a common start."""
-    svi = SubsampleSVI(
-        sliced, AutoNormal(sliced), optax.adam(0.1), Trace_ELBO(), rowwise=True
-    )
+    svi = rowwise(sliced, optim=ADAM)
     compiled = []
 
     def padded(*args, **kwargs):
@@ -246,7 +229,7 @@ def padded_and_not():
     return state, jit(padded), jit(svi.update), compiled
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_padded_steps_equal_unpadded_ones(padded_and_not, data):
     state, padded, unpadded, compiled = padded_and_not
@@ -263,24 +246,14 @@ def test_padded_steps_equal_unpadded_ones(padded_and_not, data):
 
 
 def test_a_run_donates_and_keeps_what_is_the_users():
-    ours = SubsampleSVI(
-        independent,
-        AutoNormal(independent),
-        optax.sgd(0.05),
-        Trace_ELBO(),
-        rowwise=True,
-    )
-    theirs = SVI(
-        independent,
-        AutoNormal(independent, create_plates=plates_of_sliced),
-        optax.sgd(0.05),
-        Trace_ELBO(),
-    )
+    ours = rowwise(independent)
+    theirs = AutoNormal(independent, create_plates=plates_of_sliced)
+    theirs = svi_of(independent, theirs, "context")
     key = jax.random.key(0)
     batch = X[:3]
+    expected = theirs.run(key, 5, batch, progress_bar=False)
     for bar in (True, False):
         first = ours.run(key, 5, batch, progress_bar=bar)
-        expected = theirs.run(key, 5, batch, progress_bar=False)
         assert_equal((first.params, first.losses), (expected.params, expected.losses))
     second = ours.run(key, 3, batch, progress_bar=False, init_state=first.state)
     expected = theirs.run(key, 3, batch, progress_bar=False, init_state=expected.state)
@@ -293,9 +266,7 @@ def test_a_step_costs_the_batch():
         def model(batch):
             independent(batch, size)
 
-        svi = SubsampleSVI(
-            model, AutoNormal(model), optax.adam(0.1), Trace_ELBO(), rowwise=True
-        )
+        svi = rowwise(model, optim=ADAM)
         rows = {"n": jnp.arange(3)}
         state = svi.init(jax.random.key(0), told(X[:3], rows=rows))
         step = jax.jit(svi.update, donate_argnums=0)
@@ -333,26 +304,18 @@ def list_with_joint(model):
     return guide_list(model, {"scale": AutoDelta, "z": AutoMultivariateNormal})
 
 
-ADAM = optax.adam(0.1)
 REFUSED = {
     "joint": (
-        ADAM,
         AutoMultivariateNormal,
         r"AutoMultivariateNormal is one joint.*plate 'n' \(size 8\).*Use AutoNormal",
     ),
-    "joint in a list": (ADAM, list_with_joint, "AutoMultivariateNormal is one joint"),
-    "read outside": (
-        ADAM,
-        lambda model: outside,
-        "'loc' holds rows of plate 'n' .*outside",
-    ),
+    "joint in a list": (list_with_joint, "AutoMultivariateNormal is one joint"),
+    "read outside": (lambda model: outside, "'loc' holds rows of plate 'n' .*outside"),
     "two axes": (
-        ADAM,
         lambda model: on_two_axes,
         r"'table' holds rows of plate 'n' \(size 8\) in axis 0 and in axis 1.*two par",
     ),
     "constrained across": (
-        ADAM,
         lambda model: across,
         "'loc' is constrained to .* across the rows of plate 'n'",
     ),
@@ -367,15 +330,14 @@ def refused(svi, first, batch, message):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_done_row_by_row_is_an_error(name):
-    optim, guide, message = REFUSED[name]
-    svi = SubsampleSVI(sliced, guide(sliced), optim, Trace_ELBO(), rowwise=True)
+    guide, message = REFUSED[name]
+    svi = rowwise(sliced, guide(sliced), optim=ADAM)
     refused(svi, X, X[:3], message)
 
 
 def test_a_copy_with_another_optimizer_takes_its_steps():
     first, second = (
-        SubsampleSVI(sliced, AutoNormal(sliced), optim, Trace_ELBO(), rowwise=True)
-        for optim in (optax.sgd(0.01), optax.adagrad(0.1))
+        rowwise(sliced, optim=optim) for optim in (optax.sgd(0.01), optax.adagrad(0.1))
     )
     train(first, pinned(*ROWS[:2]))
     changed = copy(first)
@@ -388,7 +350,7 @@ def test_a_copy_with_another_optimizer_takes_its_steps():
 
 
 def test_other_rows_rest_where_all_rows_fit_into_the_capacity():
-    svi = SubsampleSVI(sliced, AutoNormal(sliced), ADAM, Trace_ELBO(), rowwise=True)
+    svi = rowwise(sliced, optim=ADAM)
     update = jax.jit(svi.update)
     states = [svi.init(jax.random.key(0), X)]
     for rows in np.array([5, 0, 3] + [3] * 5), np.array([1, 5] + [5] * 6):
@@ -405,16 +367,13 @@ def test_rows_may_be_of_a_type_too_narrow_for_the_size():
     model = partial(independent, size=size)
 
     def reached(rows):
-        svi = SubsampleSVI(
-            model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO(), rowwise=True
-        )
-        return train(svi, [((told(np.ones(5), rows={"n": rows}),), {})] * 2)
+        return train(rowwise(model), [((told(np.ones(5), rows={"n": rows}),), {})] * 2)
 
     assert_equal(reached(rows.astype(np.uint8)), reached(rows))
 
 
 def test_particles_that_draw_rows_are_refused():
     loss = Trace_ELBO(num_particles=2)
-    svi = SubsampleSVI(independent, AutoNormal(independent), ADAM, loss, rowwise=True)
+    svi = rowwise(independent, loss=loss, optim=ADAM)
     message = r"2 particles draws rows of its own from plate 'n' \(size 8\).*rows=\{'n'"
     refused(svi, X[:3], X[:3], message)

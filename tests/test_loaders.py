@@ -26,7 +26,7 @@ from numpyro_dynamic_subsample import __main__ as demo
 from numpyro_dynamic_subsample.examples import loaders
 from numpyro_dynamic_subsample.examples.loaders import read_ahead
 
-ROWS, FEATURES, BATCH = 33_000, 2048, 512
+ROWS, FEATURES, BATCH = 40_000, 1024, 512
 
 
 @contextmanager

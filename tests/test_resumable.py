@@ -35,9 +35,9 @@ def test_killed_fit_ends_as_the_uninterrupted_one(tmp_path, capsys):
     state, losses = fit(tmp_path / "whole")
     capsys.readouterr()
     killed = tmp_path / "killed"
-    assert kill_at(SAVE_EVERY + 1, killed).count("step") == SAVE_EVERY + 1
+    first = kill_at(SAVE_EVERY + 3, killed)
     step = int(np.random.default_rng(7).integers(3 * SAVE_EVERY, len(losses) // 2))
-    kill_at(step, killed)
+    assert_prints(resumable, first, kill_at(step, killed))
     done = steps_in(killed)[-1]
     assert SAVE_EVERY < done < len(losses)
     resumed, of_rest = fit(killed)
@@ -45,9 +45,3 @@ def test_killed_fit_ends_as_the_uninterrupted_one(tmp_path, capsys):
     assert_equal(resumed, state)
     assert capsys.readouterr().out.startswith(f"going on after step {done}\n")
     assert steps_in(killed)[-1] == len(losses)
-
-
-def test_example_prints_what_it_says(tmp_path, capsys):
-    first = kill_at(SAVE_EVERY + 3, tmp_path)
-    fit(tmp_path)
-    assert_prints(resumable, first, capsys.readouterr().out)

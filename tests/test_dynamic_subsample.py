@@ -11,11 +11,27 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpyro import handlers
-from numpyro.infer import SVI, Trace_ELBO, autoguide
-from numpyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList, AutoNormal
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, TraceEnum_ELBO
+from numpyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuide,
+    AutoGuideList,
+    AutoNormal,
+)
 from numpyro.primitives import Messenger
 
-from models import N, X, initialised, one_latent, rows_plate
+from models import (
+    N,
+    X,
+    initialised,
+    local,
+    one_latent,
+    rows_moved,
+    rows_plate,
+    sliced_and_pinned,
+    svi_of,
+)
 from numpyro_dynamic_subsample import dynamic_subsample
 
 
@@ -59,8 +75,12 @@ def test_wrapper_looks_like_the_guide():
 
 def test_setting_an_attribute_sets_the_guides():
     inner = AutoNormal(one_latent)
-    dynamic_subsample(inner).create_plates = rows_plate
+    guide = dynamic_subsample(inner)
+    guide.create_plates = rows_plate
+    guide.scale_constraint = dist.constraints.positive  # of the class
     assert inner.create_plates is rows_plate
+    assert inner.scale_constraint is dist.constraints.positive
+    assert not [name for name in vars(inner) if name.startswith("__")]
 
 
 def test_wrapped_list():
@@ -109,13 +129,11 @@ def test_decorator():
     assert len(rows_of(guide, 6)) == 6
 
 
-@pytest.mark.parametrize("size", [1, 4, 6, N])
+@pytest.mark.parametrize("size", [1, 6])
 def test_hand_written_guide(size):
-    guide = dynamic_subsample(hand_written, model=one_latent)
-    svi = SVI(one_latent, guide, optax.sgd(0.1), Trace_ELBO())
+    svi = svi_of(one_latent, hand_written)
     state = svi.init(jax.random.key(0), 2)
-    after = svi.get_params(jax.jit(svi.update, static_argnums=1)(state, size)[0])
-    assert (after["loc"] != 0).sum() == size
+    assert len(rows_moved(svi, state, size, name="loc")) == size
 
 
 def test_model_overrides_the_guides_own():
@@ -182,36 +200,14 @@ def test_nested_contexts_do_the_work_once(wrapped, monkeypatch):
     assert runs == [5, 6]
 
 
-def test_context_around_a_jitted_update():
-    svi = SVI(one_latent, AutoDelta(one_latent), optax.sgd(0.1), Trace_ELBO())
-    state = svi.init(jax.random.key(0), 4)
-    with dynamic_subsample():
-        after, _ = jax.jit(svi.update, static_argnums=1)(state, 6)
-    moved = svi.get_params(after)["z_auto_loc"] != svi.get_params(state)["z_auto_loc"]
-    assert moved.sum() == 6
-
-
-def test_guide_of_global_latents_costs_no_run_of_the_model():
-    runs = []
-
-    def model(size):
-        runs.append(size)
-        mu = numpyro.sample("mu", dist.Normal(0, 1))
-        with rows_plate(size) as idx:
-            numpyro.sample("y", dist.Normal(mu, 1), obs=X[idx])
-
-    guide = initialised(dynamic_subsample(AutoNormal(model)))
-    runs.clear()
-    with handlers.seed(rng_seed=0):
-        guide(6)
-    assert not runs
-
-
 @pytest.mark.parametrize(
-    "guide_class",
-    [autoguide.AutoDiagonalNormal, AutoNormal, AutoDelta, AutoGuideList],
+    ("guide_class", "form"),
+    [
+        (AutoDiagonalNormal, dynamic_subsample),
+        (AutoNormal, lambda guide: guide),
+        (AutoGuideList, dynamic_subsample),
+    ],
 )
-@pytest.mark.parametrize("form", [dynamic_subsample, lambda guide: guide])
 def test_log_density_at_two_sizes(guide_class, form):
     """The script of NumPyro's issue 1739."""
 
@@ -239,3 +235,103 @@ def test_classes_are_restored_when_contexts_end_in_any_order():
             raise KeyError("from the block")
     assert all(vars(cls)["__call__"] is call for cls, call in calls.items())
     assert "__init_subclass__" not in vars(AutoGuide)
+
+
+def test_mcmc_in_a_context_has_values_of_its_batch():
+    rows = jnp.array([0, 0, 0, 1, 2, 3, 4, 5])
+
+    def draws():
+        kernel = NUTS(sliced_and_pinned)
+        mcmc = MCMC(kernel, num_warmup=5, num_samples=5, progress_bar=False)
+        mcmc.run(jax.random.key(0), X[rows], rows)
+        return mcmc.get_samples()["z"]
+
+    plain = draws()
+    with dynamic_subsample():
+        np.testing.assert_array_equal(draws(), plain)
+
+
+def test_guide_with_attributes_of_its_own():
+    class Own(AutoNormal):
+        rows = _rows = _model = "own"
+
+    inner = Own(one_latent)
+    inner._rows = "set"
+    guide = dynamic_subsample(inner)
+    assert (inner.rows, inner._rows, inner._model) == ("own", "set", "own")
+    assert guide.rows == "own"
+
+
+@pytest.mark.parametrize(
+    ("form", "loss"),
+    [
+        ("wrapper", TraceEnum_ELBO(max_plate_nesting=1)),
+        ("wrapped scope", Trace_ELBO()),
+        ("context", TraceEnum_ELBO(max_plate_nesting=1)),
+    ],
+)
+def test_names_that_a_scope_changes(form, loss):
+    guide = AutoDelta(one_latent)
+    if form == "wrapper":
+        guide = dynamic_subsample(guide)
+    guide = handlers.scope(guide, prefix="a")
+    if form == "wrapped scope":
+        guide = dynamic_subsample(guide)
+    svi = SVI(handlers.scope(one_latent, prefix="a"), guide, optax.sgd(0.1), loss)
+    with dynamic_subsample():
+        state = svi.init(jax.random.key(0), 4)
+        before = svi.get_params(state)["a/z_auto_loc"]
+        after = svi.get_params(jax.jit(lambda state: svi.update(state, 3))(state)[0])
+    rows = np.flatnonzero(after["a/z_auto_loc"] != before)
+    assert len(rows) == 3
+    mu = svi.get_params(state)["a/mu_auto_loc"]
+    slope = N / 3 * ((before - mu) + (before - X))
+    np.testing.assert_allclose(
+        after["a/z_auto_loc"][rows], (before - 0.1 * slope)[rows], rtol=1e-4
+    )
+
+
+NO_GUIDES = {
+    "a class": (AutoNormal, r"got the class AutoNormal.*AutoNormal\(model\)"),
+    "a kernel": (NUTS(local), "got NUTS, which has no guide"),
+    "an SVI": (svi_of(local, form="context"), "Wrap its guide before"),
+    "a model": (local, r"not know the model.*If this is the model.*AutoNormal\(model"),
+    "a number": (3, "got 3, which cannot be called"),
+}
+
+
+@pytest.mark.parametrize(("guide", "message"), NO_GUIDES.values(), ids=NO_GUIDES)
+def test_what_is_no_guide(guide, message):
+    with pytest.raises(ValueError, match=message):
+        dynamic_subsample(guide)
+
+
+def test_guide_without_a_model():
+    with pytest.raises(ValueError, match="does not know the model.*model=model"):
+        dynamic_subsample(hand_written)
+    with pytest.raises(ValueError, match="does not know the model.*model=model"):
+        dynamic_subsample()(hand_written)
+
+
+@pytest.mark.parametrize("where", ["guide", "model"])
+def test_exceptions_of_the_users_pass_through(where):
+    fail = False
+
+    def failing_model(rows):
+        if fail and where == "model":
+            raise ZeroDivisionError("in the model")
+        one_latent(rows)
+
+    def failing_guide(rows):
+        hand_written(rows)
+        if fail and where == "guide":
+            raise ZeroDivisionError("in the guide")
+
+    guide = dynamic_subsample(failing_guide, model=failing_model)
+    seeded = handlers.seed(guide, 0)
+    seeded(3)
+    fail = True
+    with pytest.raises(ZeroDivisionError, match=f"in the {where}"):
+        seeded(3)
+    fail = False
+    assert handlers.trace(seeded).get_trace(3)["z"]["value"].shape == (3,)

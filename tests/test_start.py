@@ -11,8 +11,6 @@ import optax
 import pytest
 from numpyro import primitives
 from numpyro.infer import (
-    SVI,
-    Trace_ELBO,
     init_to_feasible,
     init_to_mean,
     init_to_median,
@@ -24,12 +22,8 @@ from numpyro.infer import util as initialisation
 from numpyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoNormal
 
 from checks import assert_close, told
-from models import N, X
-from numpyro_dynamic_subsample import (
-    MisalignedSubsampleWarning,
-    SubsampleSVI,
-    minibatch,
-)
+from models import N, X, svi_of
+from numpyro_dynamic_subsample import MisalignedSubsampleWarning, minibatch
 from numpyro_dynamic_subsample.effect import internals
 from numpyro_dynamic_subsample.steps import programs
 from numpyro_dynamic_subsample.steps.start import check_seen
@@ -55,30 +49,25 @@ def init(svi, rows=None):
 ROWS = {"n": np.arange(4)}
 
 
-@pytest.mark.parametrize("guide", [AutoNormal, AutoDelta])
+STRATEGIES = [
+    partial(init_to_uniform, radius=0.5),
+    init_to_median,
+    init_to_mean,
+    init_to_sample,
+    init_to_feasible,
+    init_to_value(values={"mu": 2.0}),
+]
+
+
 @pytest.mark.parametrize(
-    "strategy",
-    [
-        init_to_uniform,
-        partial(init_to_uniform, radius=0.5),
-        init_to_median,
-        init_to_mean,
-        init_to_sample,
-        init_to_feasible,
-        init_to_value(values={"mu": 2.0}),
-    ],
+    ("guide", "strategy"),
+    [*((AutoNormal, own) for own in STRATEGIES), (AutoDelta, init_to_uniform)],
     ids=lambda own: getattr(own, "func", own).__name__,
 )
 def test_initial_values_are_numpyros(guide, strategy):
-    own = SubsampleSVI(
-        model, guide(model, init_loc_fn=strategy), optax.adam(0.1), Trace_ELBO()
-    )
-    by_hand = SVI(
-        model,
-        guide(model, init_loc_fn=strategy, create_plates=plates),
-        optax.adam(0.1),
-        Trace_ELBO(),
-    )
+    own = svi_of(model, guide(model, init_loc_fn=strategy), "SubsampleSVI")
+    by_hand = guide(model, init_loc_fn=strategy, create_plates=plates)
+    by_hand = svi_of(model, by_hand, "context")
     found = own.get_params(init(own, rows=ROWS))
     with numpyro.handlers.substitute(data={"n": jnp.arange(4)}):
         wanted = by_hand.get_params(init(by_hand))
@@ -90,18 +79,16 @@ def test_initial_values_are_numpyros(guide, strategy):
         np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("guide", [AutoNormal, AutoIAFNormal])
-def test_parameters_that_are_drawn_get_numpyros_keys(guide):
+def test_parameters_that_are_drawn_get_numpyros_keys():
     def net(x):
         weights = numpyro.param("weights", lambda key: jax.random.normal(key, (2,)))
         model(x, jnp.exp(0 * weights[0]))
 
-    full = {"n": np.arange(N)}
     own, by_hand = (
-        svi(net, guide(net), optax.adam(0.1), Trace_ELBO())
-        for svi in (SubsampleSVI, SVI)
+        svi_of(net, AutoIAFNormal(net, num_flows=1), form, optim=optax.adam(0.1))
+        for form in ("SubsampleSVI", "context")
     )
-    state = own.init(jax.random.key(3), told(X, rows=full))
+    state = own.init(jax.random.key(3), told(X, rows={"n": np.arange(N)}))
     wanted = by_hand.init(jax.random.key(3), X)
     assert_close(state, wanted, rtol=1e-6, atol=1e-7)
 
@@ -115,11 +102,11 @@ def test_rows_that_are_pinned_are_not_drawn_as_well(monkeypatch):
         return draw(*args, **kwargs)
 
     monkeypatch.setattr(primitives, "_subsample_fn", counted)
-    svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
+    svi = svi_of(model, form="SubsampleSVI")
     init(svi, rows=ROWS)
     assert not drawn
     with pytest.warns(MisalignedSubsampleWarning):
-        init(SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO()))
+        init(svi_of(model, form="SubsampleSVI"))
     assert drawn
 
 
@@ -133,7 +120,7 @@ def test_programs_with_callbacks_are_shared_with_nobody(at):
             numpyro.sample("y", dist.Normal(0, 1), obs=x)
 
     guide = AutoNormal(of_host, init_loc_fn=init_to_median)
-    svi = SubsampleSVI(of_host, guide, optax.adam(0.1), Trace_ELBO())
+    svi = svi_of(of_host, guide, "SubsampleSVI")
     # The median is estimated from 15 draws.
     assert abs(svi.get_params(init(svi))["mu_auto_loc"] - at) < 2
 
@@ -154,14 +141,14 @@ def test_data_that_are_not_finite_are_named(bad, message):
 
     data = {name: np.ones(4, "f4") for name in "xy"}
     data[bad][2] = np.nan
-    svi = SubsampleSVI(line, AutoNormal(line), optax.adam(0.1), Trace_ELBO())
+    svi = svi_of(line, form="SubsampleSVI")
     batch = minibatch(**data, rows={"n": np.arange(4, 8)}, capacity=6)
     with pytest.raises((RuntimeError, ValueError), match=message):
         svi.init(jax.random.key(0), batch)
 
 
 def test_state_of_a_model_that_has_not_been_seen():
-    new = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
+    new = svi_of(model, form="SubsampleSVI")
     with pytest.raises(ValueError, match=r"Call svi.init\(key, batch\) once"):
         check_seen(new)
     init(new, rows=ROWS)
@@ -179,7 +166,7 @@ def made(monkeypatch):
 def test_programs_are_those_of_search_and_init_and_are_compiled_once(made):
     search = initialisation.find_valid_initial_params
     for x in (X[:4], X[4:8]):
-        svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
+        svi = svi_of(model, form="SubsampleSVI")
         svi.init(jax.random.key(0), told(x, rows=ROWS))
         assert len(made) == 2
     assert initialisation.find_valid_initial_params is search
@@ -193,8 +180,7 @@ def test_model_that_needs_values_is_searched_as_numpyro_does(made):
             numpyro.sample("y", dist.Normal(mu * side, 1), obs=x)
 
     own, by_hand = (
-        svi(by_value, AutoDelta(by_value), optax.adam(0.1), Trace_ELBO())
-        for svi in (SubsampleSVI, SVI)
+        svi_of(by_value, AutoDelta, form) for form in ("SubsampleSVI", "context")
     )
     params = own.get_params(init(own, rows=ROWS))
     assert not made
@@ -207,19 +193,15 @@ def test_values_that_are_not_valid_are_an_error():
         model(x)
         numpyro.factor("impossible", jnp.nan)
 
-    svi = SubsampleSVI(
-        impossible, AutoNormal(impossible), optax.adam(0.1), Trace_ELBO()
-    )
+    svi = svi_of(impossible, form="SubsampleSVI")
     with pytest.raises(RuntimeError, match="Cannot find valid initial parameters"):
         init(svi, rows=ROWS)
 
 
 def test_init_can_be_compiled():
-    svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
+    svi = svi_of(model, form="SubsampleSVI")
     compiled = jax.jit(lambda: init(svi, rows=ROWS))()
-    state = init(
-        SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO()), rows=ROWS
-    )
+    state = init(svi_of(model, form="SubsampleSVI"), rows=ROWS)
     for own, other in zip(
         jax.tree.leaves(compiled.optim_state),
         jax.tree.leaves(state.optim_state),
@@ -230,7 +212,7 @@ def test_init_can_be_compiled():
 
 def test_no_tracer_is_left_behind():
     with jax.checking_leaks():
-        svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO())
+        svi = svi_of(model, form="SubsampleSVI")
         state = init(svi, rows=ROWS)
     values = internals.initial_values(svi.guide.fn)
     assert all(isinstance(own, jax.Array) for own in values.values())
@@ -241,7 +223,7 @@ def test_no_tracer_is_left_behind():
 def test_strategy_that_holds_values():
     strategy = init_to_value(values={"mu": 2.0, "a": X})
     guide = AutoNormal(model, init_loc_fn=strategy)
-    svi = SubsampleSVI(model, guide, optax.adam(0.1), Trace_ELBO())
+    svi = svi_of(model, guide, "SubsampleSVI")
     params = svi.get_params(init(svi, rows=ROWS))
     np.testing.assert_allclose(params["mu_auto_loc"], np.log(2.0), rtol=1e-6)
     np.testing.assert_allclose(params["a_auto_loc"], X, rtol=1e-6)

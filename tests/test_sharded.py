@@ -133,7 +133,7 @@ def run(*commands):
 
 @pytest.mark.parametrize(
     ("forms", "devices", "processes"),
-    [(list(FORMS), 8, 1), (["padded", "row-wise"], 4, 2)],
+    [(["wrapper", "context", "row-wise"], 8, 1), (["padded"], 4, 2)],
     ids=["8 devices", "2 processes with 4 devices each"],
 )
 def test_steps_equal_those_of_one_device(tmp_path, forms, devices, processes):
