@@ -62,7 +62,9 @@ WAYS = {
         WRONG,
         "an error; `MisalignedSubsampleWarning` where only the guide is wrapped",
     ),
-    "shuffled": Way("A shuffled batch covers the whole plate", WRONG, RIGHT),
+    "shuffled": Way(
+        "A shuffled batch covers the whole plate, and its rows are pinned", WRONG, RIGHT
+    ),
     "wrong name": Way(
         "The pin names another plate",
         WRONG,
