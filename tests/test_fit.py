@@ -445,3 +445,51 @@ def test_plain_loader_is_told_of_minibatch():
     message = r"pin the rows that it holds: minibatch\(..., rows={'rows': rows}\)"
     with pytest.warns(MisalignedSubsampleWarning, match=message):
         quiet(svi_of(), [DATA[:4], DATA[4:8]])
+
+
+class Endless:
+    def __iter__(self):
+        return batches(0)
+
+    def __len__(self):
+        return 2**60
+
+
+def test_loader_that_never_ends_is_refused():
+    with pytest.raises(ValueError, match="batches never ends: .* 1,152,9.*repeat"):
+        quiet(svi_of(), Endless(), 2)
+
+
+def test_more_epochs_done_than_asked_for_are_told():
+    svi = svi_of()
+    done = quiet(svi, batches, 3)
+    with pytest.warns(UserWarning, match="epochs=2 counts those before initial_epoch"):
+        again = quiet(svi, batches, 2, state=done.state, initial_epoch=3)
+    assert len(again.losses) == 0
+
+
+def test_result_is_shown_in_a_line():
+    result = quiet(svi_of(), batches, 2)
+    loss = f"{result.epoch_losses[-1]:,.4f}"
+    assert repr(result) == (
+        f"FitResult(4 parameters, 6 steps, 2 epochs, last loss {loss}, stopped=None, "
+        "1 compilations)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "message"),
+    [
+        (mean, optax.adam(0.05), r"has the parameters \['mu_auto_loc'.*have \["),
+        (local, optax.sgd(0.05), "is not one of this SubsampleSVI's optimizer"),
+    ],
+)
+@pytest.mark.parametrize("seen", [False, True])
+def test_fit_refuses_the_state_of_another(model, optimizer, message, seen):
+    first = next(batches(0))
+    state = svi_of(model, optimizer=optimizer).init(KEY, first)
+    svi = svi_of()
+    if seen:
+        svi.init(KEY, first)
+    with pytest.raises(ValueError, match=message):
+        quiet(svi, batches, 2, state=state)

@@ -1,6 +1,7 @@
 """Training loops that others own, which pass on the model's arguments only."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 
@@ -196,3 +197,36 @@ def test_names_that_do_not_fit():
         rows_taken(pinned, TWO, np.array([9, 2]))
     with pytest.raises(TypeError, match=r"pin_rows\(model, people='idx'\)"):
         pin_rows(model)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("served", ["no", "wrapper", "context", "by hand"])
+def test_pins_that_a_guide_overrules_are_refused(jit, served):
+    size, order = 6, np.array([3, 0, 5, 1, 4, 2])
+    y = np.arange(6.0, dtype="float32")
+
+    @pin_rows(people="rows")
+    def model(y, rows):
+        with numpyro.plate("people", size, subsample_size=len(y)):
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+    @pin_rows(people="rows")
+    def by_hand(y, rows):
+        loc = numpyro.param("loc", jnp.zeros(size))
+        with numpyro.plate("people", size, subsample_size=len(y)) as idx:
+            numpyro.sample("z", dist.Delta(loc[idx]))
+
+    guide = by_hand if served == "by hand" else AutoDelta(model)
+    guide = dynamic_subsample(guide) if served == "wrapper" else guide
+    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    context = dynamic_subsample() if served == "context" else nullcontext()
+    wrong = pytest.raises(ValueError, match="pin_rows pins 6 rows of plate 'people'")
+    with context, wrong if served == "no" else nullcontext():
+        state = svi.init(jax.random.key(0), y[order], order)
+        update = jax.jit(svi.update) if jit else svi.update
+        state, _ = update(state, y[order], order)
+        if served == "by hand":
+            # The gradient of each row is its own data's.
+            moved = svi.get_params(state)["loc"]
+            np.testing.assert_allclose(moved, 0.1 * y, rtol=1e-5)

@@ -28,7 +28,7 @@ from numpyro.infer.autoguide import (
 from scipy import stats
 
 from checks import assert_close, assert_equal, assert_same_mean, compilations
-from models import guide_list, independent
+from models import guide_list, hierarchy, independent
 from numpyro_dynamic_subsample import SubsampleSVI, minibatch
 from numpyro_dynamic_subsample.batches.minibatch import as_minibatch
 
@@ -147,13 +147,40 @@ def test_unseen_rows_come_from_the_prior(known, count):
     assert_correlations(together, covariance / np.outer(deviations, deviations))
 
 
-@pytest.mark.parametrize("guide_class", [AutoDiagonalNormal, AutoDelta])
-def test_unseen_rows_with_other_guides(guide_class):
-    svi, state = svi_of(model, guide_class(model))
-    batch = minibatch(np.zeros(12), rows={"n": None})
-    draws = svi.predict(KEY, state, batch, num_samples=2000, unseen=["n"])
-    assert draws["z"].shape == (2000, 12)
-    assert_moments(draws["z"] - (draws["offset"] - 1)[:, None], 0, 1)
+@pytest.mark.parametrize("count", [3, 12])
+@pytest.mark.parametrize(
+    ("guide_class", "scope"),
+    [(AutoDiagonalNormal, ""), (AutoDelta, ""), (AutoDelta, "s/")],
+)
+def test_unseen_rows_with_other_guides_and_names(guide_class, scope, count):
+    """Plates go by the names that handlers outside see."""
+    scoped = handlers.scope(model, prefix="s") if scope else model
+    first = minibatch(np.zeros(N), np.zeros(N), rows={f"{scope}n": np.arange(N)})
+    svi, state = svi_of(scoped, guide_class(scoped), first=first)
+    plate = f"{scope}n"
+    batches = [minibatch(np.zeros(count), rows={plate: None})] * 2
+    options = {"num_samples": 1000, "unseen": [plate], **QUIET}
+    draws = svi.predict(KEY, state, batches, **options)
+    z, mu = draws[f"{scope}z"], draws[f"{scope}offset"] - 1
+    assert z.shape == draws[f"{scope}y"].shape == (1000, 2 * count)
+    assert_moments(z - mu[:, None], 0, 1)
+    assert_correlations(z - mu[:, None], np.eye(2 * count))
+
+
+def test_unseen_rows_of_a_plate_that_asks_for_no_size():
+    def model(y=None, *, x):
+        with numpyro.plate("n", N):
+            z = numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(x + z, 0.1), obs=y)
+
+    x = np.zeros(N, "float32")
+    first = minibatch(x, x=x, rows={"n": np.arange(N)})
+    svi, state = svi_of(model, AutoNormal(model), first=first)
+    for count in (3, N + 4):
+        new = minibatch(x=np.full(count, 5, "float32"), rows={"n": None})
+        y = svi.predict(KEY, state, new, 2000, unseen=["n"])["y"]
+        assert y.shape == (2000, count)
+        np.testing.assert_allclose(y.mean(0), 5, atol=0.15)
 
 
 def test_amortised_guide_encodes_rows_that_it_has_not_met():
@@ -169,24 +196,6 @@ def test_amortised_guide_encodes_rows_that_it_has_not_met():
     batches = [minibatch(part, rows={"n": None}, capacity=2) for part in (x[:2], x[2:])]
     draws = svi.predict(KEY, state, batches, num_samples=DRAWS, **QUIET)
     assert_moments(draws["y"], 3 * x, np.hypot(1, NOISE))
-
-
-def test_plates_go_by_the_names_that_handlers_outside_see():
-    scoped = handlers.scope(model, prefix="s")
-    first = minibatch(np.zeros(3), np.zeros(3), rows={"s/n": np.arange(3)})
-    svi, state = svi_of(scoped, AutoDelta(scoped), first=first)
-    for count in (3, 12):
-        batch = minibatch(np.zeros(count), rows={"s/n": None})
-        draws = svi.predict(KEY, state, batch, num_samples=500, unseen=["s/n"])
-        assert draws["s/z"].shape == draws["s/y"].shape == (500, count)
-        assert_moments(draws["s/z"] - (draws["s/offset"] - 1)[:, None], 0, 1)
-
-
-def hierarchy(x, y=None):
-    mu = numpyro.sample("mu", dist.Normal(0, 1))
-    with numpyro.plate("n", N, subsample_size=len(x)):
-        z = numpyro.sample("z", dist.Normal(mu, 1))
-        numpyro.sample("y", dist.Normal(z, NOISE), obs=y)
 
 
 def list_of_guides(model):
@@ -205,17 +214,19 @@ GUIDES = {
 
 @pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
 def test_latents_are_those_of_sample_posterior(make):
+    """Each guide starts at random values, which differ from row to row."""
+    model = hierarchy(N, noise=NOISE)
     y = np.linspace(-1, 2, N).astype("float32")
-    svi = SubsampleSVI(hierarchy, make(hierarchy), optax.adam(0.02), Trace_ELBO())
-    result = svi.run(KEY, 200, whole(y=y), progress_bar=False)
+    svi, state = svi_of(model, make(model), first=whole(y))
     rows, names = np.array([7, 0, 3]), ["mu", "z"]
     options = {"num_samples": 2000, "return_sites": names}
-    draws = svi.predict(KEY, result, batch_of(rows), **options)
+    draws = svi.predict(KEY, state, batch_of(rows), **options)
+    params = svi.get_params(state)
     with handlers.substitute(data={"n": jnp.asarray(rows)}):
-        of_guide = svi.guide.sample_posterior(KEY, result.params, sample_shape=(2000,))
+        of_guide = svi.guide.sample_posterior(KEY, params, sample_shape=(2000,))
 
     def together(draws):
-        return np.column_stack([np.asarray(draws["mu"]), np.asarray(draws["z"])])
+        return np.column_stack([np.asarray(draws[name]) for name in names])
 
     one, other = together(draws), together(of_guide)
     assert_same_mean(one, other)
@@ -314,14 +325,6 @@ def test_rows_have_in_common_what_is_global(model, guide, common):
     assert_correlations(y, np.full((4, 4), common) + (1 - common) * np.eye(4))
 
 
-def test_batches_are_concatenated_in_their_order(known):
-    svi, params = known
-    options = {"num_samples": 2, "return_sites": ["moved"], **QUIET}
-    rows = np.random.default_rng(0).permutation(N)
-    moved = svi.predict(KEY, params, chunks_of(rows, 4), **options)["moved"]
-    np.testing.assert_allclose(moved.mean(0) / 10, rows, atol=0.5)
-
-
 # ------------------------------------------------------------------ NumPyro's answers
 
 
@@ -380,7 +383,7 @@ def test_sites_and_log_likelihoods_are_numpyros_on_the_same_draws(model):
     latents = [name.removesuffix("_auto_loc") for name in svi.get_params(state)]
     latents = [name for name in latents if not name.endswith("scale")]
     options = {"num_samples": 7}
-    every = {**svi.predict(key, state, batch, **options)}
+    every = svi.predict(key, state, batch, **options)
     drawn = svi.predict(key, state, batch, return_sites=latents, **options)
     pinned = handlers.substitute(model, data={"n": jnp.asarray(rows)})
     expected = Predictive(pinned, drawn)(key, *batch.args)
@@ -549,15 +552,17 @@ def test_a_callback_is_the_models_own():
         np.testing.assert_allclose(predicted(value), value, atol=0.1)
 
 
-def test_constants_of_equal_value_and_other_type_are_others(known):
-    def typed(x, constant=1):
-        is_bool = isinstance(constant, bool)
-        with numpyro.plate("n", N, subsample_size=len(x)):
-            numpyro.sample("y", dist.Normal(100.0 if is_bool else constant, 1e-3))
+def test_arguments_that_are_the_same_in_all_batches_are_values():
+    """Host code works on them, as in a step; equal ones of another type are others."""
 
-    svi = SubsampleSVI(
-        typed, lambda x, constant: None, optax.sgd(0.1), Trace_ELBO(), constant=1
-    )
+    def typed(x, constant, table):
+        loc = 100.0 if isinstance(constant, bool) else constant * len(set(table))
+        with numpyro.plate("n", N, subsample_size=len(x)):
+            numpyro.sample("y", dist.Normal(loc, 1e-3))
+
+    options = {"constant": 1, "table": np.array([3, 3])}
+    loss = Trace_ELBO()
+    svi = SubsampleSVI(typed, lambda *_, **__: None, optax.sgd(0.1), loss, **options)
     state = svi.init(KEY, whole())
     for constant, expected in ((1, 1.0), (True, 100.0), (1.0, 1.0), (2.0, 2.0)):
         svi.static_kwargs["constant"] = constant
@@ -617,7 +622,7 @@ class Encoder(nn.Module):
         return nn.Dropout(0.5, deterministic=False)(x)[..., 0]
 
 
-def encoded(x, y=None):
+def close_to_latents(x, y=None):
     with numpyro.plate("n", N, subsample_size=len(x)):
         z = numpyro.sample("z", dist.Normal(0, 1))
         numpyro.sample("y", dist.Normal(z, 1e-3), obs=y)
@@ -627,7 +632,7 @@ def test_losses_without_a_step_carry_the_mutable_state():
     """The loss of a step is computed with the same key, before it moves anything."""
     x = np.linspace(-1, 1, 4).astype("float32")
     batch = minibatch(x, x, rows={"n": None})
-    svi, state = svi_of(encoded, encoding, first=batch)
+    svi, state = svi_of(close_to_latents, encoding, first=batch)
     np.testing.assert_allclose(
         svi.evaluate(state, batch), svi.update(state, batch)[1], rtol=1e-5
     )
@@ -652,7 +657,7 @@ def test_networks_keep_their_state_and_drop_out_row_by_row():
     """With dropout, a row is 0 or twice its input, whatever the other rows are."""
     halves = [np.linspace(-1, 1, 4), np.linspace(-1, 1, 4)]
     batches = [minibatch(x.astype("float32"), rows={"n": None}) for x in halves]
-    svi, state = svi_of(encoded, encoding, first=batches[0])
+    svi, state = svi_of(close_to_latents, encoding, first=batches[0])
     options = {"num_samples": 2000, "return_sites": ["y"], **QUIET}
     y = svi.predict(KEY, state, batches, **options)["y"]
     assert_correlations(y, np.eye(8))
@@ -819,17 +824,18 @@ def one(rows=None, unseen=(), count=3, return_sites=None, **options):
 
 ROWS = {"n": np.arange(3)}
 CHUNKS = [batch_of([0, 1]), batch_of([2, 3])]
+TRANSPOSED = batch_of([0, 1, 2, 3], np.zeros((4, 4)))
 
 
 @pytest.mark.parametrize(
     ("model", "asked", "message"),
     [
-        (model, one(), r"depends on the rows of plate 'n' \(size 10\), which nobody"),
+        (model, one(), r"the rows of plate 'n' \(size 10\), and the batch does not"),
         (model, one(unseen=["m"]), r"unseen names a plate 'm'.*\['n'\]"),
         (model, one(ROWS | {"m": ROWS["n"]}), r"names a plate 'm'"),
         (model, one({"n": np.array([0, 1, 10])}), r"from 0 to 10"),
         (model, one(ROWS, return_sites=["w"]), r"'w'.*\['moved', 'mu'"),
-        (indexing, one(unseen=["n"]), r"'y' depends on the rows of plate 'n' .* none"),
+        (indexing, one(unseen=["n"]), r"'y' .* plate 'n' .* does not have the unseen"),
         (with_a_parameter, one(unseen=["n"]), r"'y' depends on the rows of plate 'n'"),
         (with_a_parameter, one(unseen=["n"], count=N), r"'y' depends on the rows"),
         (outside, (CHUNKS, {}), r"'mean' stands outside of the plates"),
@@ -840,7 +846,9 @@ CHUNKS = [batch_of([0, 1]), batch_of([2, 3])]
             r"Batch 1 gives .*leave \['residual'\] out",
         ),
         (model, (np.zeros(3), {}), "one Minibatch or an iterable of them, not ndarray"),
+        (crossed, (TRANSPOSED, {}), r"'y' .* runs along plate 'n' with axis 0, but"),
         (model, ([], {}), "no batch"),
+        (model, (CHUNKS, {"num_samples": 0}), "whole number of at least 1, not 0"),
     ],
 )
 def test_errors(model, asked, message):
@@ -849,17 +857,13 @@ def test_errors(model, asked, message):
     svi, state = svi_of(model, guide, first=first)
     batches, options = asked
     with pytest.raises(ValueError, match=message):
-        svi.predict(KEY, state, batches, num_samples=2, **options, **QUIET)
-
-
-def of_rows(x, y=None):
-    with numpyro.plate("n", N, subsample_size=len(x)):
-        z = numpyro.sample("z", dist.Normal(0, 1))
-        numpyro.sample("y", dist.Normal(z, 1), obs=y)
+        svi.predict(KEY, state, batches, **{"num_samples": 2, **options, **QUIET})
 
 
 def test_a_guide_that_needs_data_says_so():
-    svi, state = svi_of(of_rows, AutoSemiDAIS(of_rows, of_rows, K=2))
+    svi, state = svi_of(
+        close_to_latents, AutoSemiDAIS(close_to_latents, close_to_latents, K=2)
+    )
     with pytest.raises(ValueError, match=r"AutoSemiDAIS .* lacks those .*\['y'\]"):
         svi.predict(KEY, state, batch_of([1, 2]), num_samples=2)
     batch = minibatch(np.zeros(12), np.zeros(12), rows={"n": None})
@@ -913,21 +917,3 @@ def test_memory_is_bounded_whatever_the_plate_and_the_batch_are(
     (of_draws,) = memory
     assert of_draws.output_size_in_bytes <= (draws + 1) * rows * 4 + 1000
     assert of_draws.temp_size_in_bytes < 2**25 + 8 * rows * 4
-
-
-def test_unseen_rows_of_a_plate_that_asks_for_no_size():
-    def model(y=None, *, x):
-        with numpyro.plate("n", N):
-            z = numpyro.sample("z", dist.Normal(0, 1))
-            numpyro.sample("y", dist.Normal(x + z, 0.1), obs=y)
-
-    svi = SubsampleSVI(model, AutoNormal(model), optax.adam(0.02), Trace_ELBO())
-    x = np.linspace(0, 1, N).astype("float32")
-    state = svi.init(KEY, minibatch(x, x=x, rows={"n": np.arange(N)}))
-    for count in (3, N + 4):
-        new = minibatch(x=np.full(count, 5, "float32"), rows={"n": None})
-        y = svi.predict(KEY, state, new, 2000, unseen=["n"])["y"]
-        assert y.shape == (2000, count)
-        np.testing.assert_allclose(y.mean(0), 5, atol=0.15)
-    with pytest.raises(ValueError, match="num_samples must be a whole number of at le"):
-        svi.predict(KEY, state, new, 0, unseen=["n"])

@@ -247,3 +247,15 @@ def test_arguments_in_the_wrong_place(fitted, method, given, batches, message):
         getattr(svi, method)(KEY, given, batches)
     with pytest.raises(TypeError, match="random key.*Here it is the integer 0"):
         getattr(svi, method)(0, given, batches)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((AutoNormal(people), people, optax.sgd(0.1), Trace_ELBO()), "not AutoNormal"),
+        ((people, AutoNormal(people), optax.sgd(0.1), Trace_ELBO), "Trace_ELBO\\(\\)"),
+    ],
+)
+def test_arguments_in_another_order_and_classes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SubsampleSVI(*arguments)

@@ -61,27 +61,26 @@ def call_posterior_method(
     Any
         The result of the method.
     """
-    as_it_is = guide.prototype_trace is None or is_served(guide)
-    as_it_is = as_it_is or guide.create_plates is not None
-    if as_it_is or not internals.initial_values(guide):
+    as_it_is = guide.prototype_trace is None or guide.create_plates is not None
+    if as_it_is or is_served(guide) or not internals.initial_values(guide):
         return run(*args, **kwargs)
     call = signature(run).bind(*args, **kwargs)
     of_model = call.arguments.get("args", ()), call.arguments.get("kwargs", {})
-
-    def run_with(params: dict[str, Any]) -> Any:
-        call.arguments["params"] = params
-        return run(*call.args, **call.kwargs)
-
-    params = call.arguments["params"]
     if isinstance(guide, AutoSemiDAIS):
         # Its local latents are functions of their data: it runs as when called.
         with follow_model(guide.model, *of_model) as own, served(guide, own):
-            return run_with(params)
+            return run(*args, **kwargs)
     with mark_served(guide):
         if isinstance(guide, AutoGuideList):
             # Its parts are asked for the rows, too.
-            return run_with(params)
+            return run(*args, **kwargs)
+
+        def run_with(params: dict[str, Any]) -> Any:
+            call.arguments["params"] = params
+            return run(*call.args, **call.kwargs)
+
         rows = {} if method in ("get_transform", "get_posterior") else _pinned(guide)
+        params = call.arguments["params"]
         return _latents_and_others(guide, run_with, params, rows, *of_model)
 
 
@@ -100,30 +99,41 @@ def _latents_and_others(
 ) -> Any:
     """Return latents of all rows, or of some, and deterministic sites."""
     prototype: Any = guide.prototype_trace
-    names = _deterministic_sites(guide)
+    others = [n for n, site in prototype.items() if site["type"] == "deterministic"]
     in_model = {name: own for name, own in params.items() if name in prototype}
+    reordered = _reordered_plates(prototype)
+    why = f"rows of plates {sorted(rows)} are asked for"
     with substitute(data=in_model):
-        why = f"rows of plates {sorted(rows)} are asked for"
         if not (args or kwargs or rows):
-            reordered = _reordered_plates(guide)
             why = f"its rows of plates {sorted(reordered)} have another order"
             try:
-                if not (names and reordered):
+                if not (others and reordered):
                     with full_size():
                         return run(params)
             except Exception as error:
                 why = str(error)
         latents = _latents(guide, run, params, rows)
-        if not names or not isinstance(latents, dict):
+        if not others or not isinstance(latents, dict):
             return latents
-        if not (args or kwargs):
-            return _with_other_sites(guide, latents, why, rows)
-        ndims = _batch_ndims(guide, latents)
-        predictive = partial(Predictive, guide.model, latents, params=in_model)
-        predict = predictive(return_sites=names, batch_ndims=ndims)
-        # Without rows asked for, latents are of all rows, and the model takes its own.
-        with predicting(of_all_rows=not rows):
-            return latents | predict(jax.random.key(0), *args, **kwargs)
+        # How many axes of draws or quantiles latents have.
+        name, value = next(iter(latents.items()))
+        ndims = jnp.ndim(value) - jnp.ndim(prototype[name]["value"])
+        if args or kwargs:
+            predictive = partial(Predictive, guide.model, latents, params=in_model)
+            predict = predictive(return_sites=others, batch_ndims=ndims)
+            # Latents that are of all rows are taken by the model's own rows.
+            with predicting(of_all_rows=not rows):
+                return latents | predict(jax.random.key(0), *args, **kwargs)
+        found = _independent_of_rows(guide, latents, others, ndims, {*reordered, *rows})
+    left_out = [name for name in others if name not in found]
+    if left_out:
+        warn(
+            f"Left out the deterministic sites {left_out}: the model cannot be run for "
+            f"them on the arguments of its first call ({why}). Pass the model's "
+            "arguments to get them: sample_posterior(rng_key, params, *args).",
+            UserWarning,
+        )
+    return latents | found
 
 
 def _latents(guide: AutoGuide, run: Callable, params: dict, rows: dict) -> Any:
@@ -137,6 +147,17 @@ def _latents(guide: AutoGuide, run: Callable, params: dict, rows: dict) -> Any:
             if prototype[name]["type"] == "sample"
         }
 
+    def take(values: dict, sites: dict[str, tuple[str, int]]) -> dict:
+        """Take rows of values; `sites` has the site and the event_dim of each."""
+        values = dict(values)
+        for name in sites.keys() & values.keys():
+            site, event_dim = sites[name]
+            for plate, dim, _ in prototype[site]["cond_indep_stack"]:
+                if plate in rows:
+                    size, axis = internals.full_sizes(guide)[plate], dim - event_dim
+                    values[name] = take_rows(values[name], rows[plate], size, axis)
+        return values
+
     mean_field = isinstance(guide, AutoNormal | AutoDelta)
     if mean_field:
         # So the memory is that of these rows.
@@ -145,66 +166,37 @@ def _latents(guide: AutoGuide, run: Callable, params: dict, rows: dict) -> Any:
             for site, event_dim in internals.event_dims(guide).items()
             for kind in ("loc", "scale")
         }
-        params = _take_rows(guide, params, of_params, rows)
+        params = take(params, of_params)
     without = {n: s for n, s in prototype.items() if s["type"] != "deterministic"}
     with internals.with_postprocessing(guide, constrain, without), full_size():
         latents = run(params)
     if mean_field or not rows:
         return latents
-    of_sites = {name: (name, prototype[name]["fn"].event_dim) for name in latents}
-    return _take_rows(guide, latents, of_sites, rows)
-
-
-def _take_rows(guide: AutoGuide, values: dict, sites: dict, rows: dict) -> dict:
-    """Take rows of values; `sites` has the site and the event_dim of each."""
-    prototype: Any = guide.prototype_trace
-    values = dict(values)
-    for name in sites.keys() & values.keys():
-        site, event_dim = sites[name]
-        for plate, dim, _ in prototype[site]["cond_indep_stack"]:
-            if plate in rows:
-                size = internals.full_sizes(guide)[plate]
-                own = take_rows(values[name], rows[plate], size, dim - event_dim)
-                values[name] = own
-    return values
-
-
-def _with_other_sites(
-    guide: AutoGuide, latents: dict[str, jax.Array], why: str, some: Collection = ()
-) -> dict[str, jax.Array]:
-    """Add the deterministic sites that do not need rows of plates.
-
-    Latents in the plates `some` are those of some rows.
-    """
-    rest = _independent_of_rows(guide, latents, some)
-    left_out = [name for name in _deterministic_sites(guide) if name not in rest]
-    if left_out:
-        warn(
-            f"Left out the deterministic sites {left_out}: the model cannot be run for "
-            f"them on the arguments of its first call ({why}). Pass the model's "
-            "arguments to get them: sample_posterior(rng_key, params, *args).",
-            UserWarning,
-        )
-    return latents | rest
+    return take(latents, {n: (n, prototype[n]["fn"].event_dim) for n in latents})
 
 
 def _independent_of_rows(
-    guide: AutoGuide, latents: dict[str, jax.Array], some: Collection
+    guide: AutoGuide,
+    latents: dict[str, jax.Array],
+    others: list[str],
+    ndims: int,
+    other_rows: Collection[str],
 ) -> dict[str, jax.Array]:
     """Return the deterministic sites that the first call's arguments give for any rows.
 
-    They stand in no plate of which the first call had other rows than all in order, or
-    of which `latents` hold `some`, and depend, by data flow, on no latent there.
+    They stand in no plate of which the first call took some rows, or has `other_rows`
+    than `latents`, and depend, by data flow, on no latent there.
     """
     prototype: Any = guide.prototype_trace
     full_sizes = internals.full_sizes(guide)
-    other_rows = _reordered_plates(guide).union(some)
+
+    def plates_of(name: str) -> dict[str, int]:
+        return {f.name: f.size for f in prototype[name]["cond_indep_stack"]}
 
     def of_batch(name: str) -> bool:
-        return any(
-            frame.name in other_rows or frame.size != full_sizes[frame.name]
-            for frame in prototype[name]["cond_indep_stack"]
-        )
+        plates = plates_of(name)
+        some = any(size != full_sizes[plate] for plate, size in plates.items())
+        return some or not plates.keys().isdisjoint(other_rows)
 
     def sites_of(latents: dict[str, jax.Array]) -> dict[str, jax.Array]:
         unconstrained = {
@@ -217,14 +209,13 @@ def _independent_of_rows(
             sites = internals.sites_of_first_call(guide, unconstrained)
         return {name: sites[name] for name in names}
 
-    names = [name for name in _deterministic_sites(guide) if not of_batch(name)]
-    # What depends on latents in `some` plates is left out, so any value will do.
+    names = [name for name in others if not of_batch(name)]
+    # What depends on these is left out, so any value of the right shape will do.
     any_value = {
         name: prototype[name]["value"]
         for name in latents
-        if any(frame.name in some for frame in prototype[name]["cond_indep_stack"])
+        if not plates_of(name).keys().isdisjoint(other_rows)
     }
-    ndims = _batch_ndims(guide, latents)
     first = {name: value[(0,) * ndims] for name, value in latents.items()} | any_value
     local = {name: value for name, value in first.items() if of_batch(name)}
 
@@ -245,14 +236,8 @@ def _independent_of_rows(
         return {}
 
 
-def _deterministic_sites(guide: AutoGuide) -> list[str]:
-    prototype: Any = guide.prototype_trace
-    return [n for n, site in prototype.items() if site["type"] == "deterministic"]
-
-
-def _reordered_plates(guide: AutoGuide) -> set[str]:
+def _reordered_plates(prototype: dict[str, Any]) -> set[str]:
     """Return the plates of which the first call pinned all rows in another order."""
-    prototype: Any = guide.prototype_trace
     return {
         name
         for name, site in prototype.items()
@@ -261,10 +246,3 @@ def _reordered_plates(guide: AutoGuide) -> set[str]:
         and len(site["value"]) == site["args"][0]
         and not np.array_equal(site["value"], np.arange(site["args"][0]))
     }
-
-
-def _batch_ndims(guide: AutoGuide, latents: dict[str, jax.Array]) -> int:
-    """Return how many axes of draws or quantiles latents have."""
-    name, value = next(iter(latents.items()))
-    prototype: Any = guide.prototype_trace
-    return jnp.ndim(value) - jnp.ndim(prototype[name]["value"])

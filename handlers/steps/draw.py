@@ -8,10 +8,9 @@ common, whoever makes the keys.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -20,61 +19,77 @@ from numpyro.distributions import Unit
 from numpyro.handlers import block, replay, seed, substitute, trace
 from numpyro.infer.autoguide import AutoContinuous, AutoSemiDAIS
 
+from ..batches.minibatch import Minibatch
 from ..batches.padding import check_names
 from ..effect import internals
 from ..effect.guides import autoguides_in
 from ..effect.internals import Handler
 from .enumerated import assignments, is_enumerated, log_likelihoods
-from .inputs import Batch, Given, called_for_mode, missing_params, on_batch
 
 if TYPE_CHECKING:
     from .subsample_svi import SubsampleSVI
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What to compute for each draw."""
 
-    unseen: tuple[str, ...] = ()
-    return_sites: tuple[str, ...] | None = None
+    unseen: tuple[str, ...]
+    return_sites: Iterable[str] | None = None
     infer_discrete: bool = False
     log_likelihood: bool = False
 
 
-class _AnyRows(Handler):
-    """Gives made-up rows to plates of which nobody says which rows they take.
+class Given(NamedTuple):
+    """The arrays that one draw is made from, besides its key."""
+
+    params: dict[str, Any]
+    number: Any  # of the batch
+    batch: Minibatch  # without the rows of unseen plates
+    first: dict[str, Any]  # by plate: for each row of the batch, where it is met first
+    made_up: dict[str, Any]  # rows of plates of which nobody says which they take
+
+
+class _complete(Handler):
+    """Makes up rows that nobody names, and refuses parameters that nobody gives.
 
     Parameters
     ----------
     rows : dict of str to jax.Array
-        The rows.
+        The rows to give; by default the first ones.
+    unseen : collection of str
+        The plates whose rows are new ones: in the model, such a plate is as large as
+        the batch.
     counts : dict of str to int
         How many rows unseen plates take that ask for no number.
 
     Attributes
     ----------
     made_up : dict of str to int
-        How many rows such plates take.
+        How many rows the plates take whose rows are made up.
     sizes, taken : dict of str to int
         How many rows each plate has and takes.
-    unseen : collection of str
-        The plates whose rows are new ones: such a plate is as large as the batch.
     """
 
-    def __init__(self, rows: dict[str, jax.Array], counts: dict[str, int]) -> None:
+    def __init__(
+        self, rows: Mapping[str, Any], unseen: Collection[str], counts: dict[str, int]
+    ) -> None:
         super().__init__()
-        self._rows, self._counts = rows, counts
+        self._rows, self._unseen, self._counts = rows, unseen, counts
+        self._missing: set[str] = set()
         self.made_up: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
         self.taken: dict[str, int] = {}
-        self.unseen: Collection[str] = ()
 
     def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] in ("param", "mutable") and msg["value"] is None:
+            # It would start anew.
+            self._missing.add(msg["name"])
         if msg["type"] != "plate":
             return
         name, (size, count) = msg["name"], msg["args"]
         self.sizes.setdefault(name, size)
-        if name in self.unseen:
+        # The guide's plates, which have records, have no new rows.
+        if name in self._unseen and "plates" not in msg:
             count = self._counts.get(name, size) if count is None else count
             msg["args"], msg["value"] = (count, count), None
         if msg["value"] is None:
@@ -82,220 +97,201 @@ class _AnyRows(Handler):
             msg["value"] = self._rows.get(name, jnp.arange(count))
         self.taken[name] = len(msg["value"])
 
-
-class _KnownParams(Handler):
-    """Refuses parameters that nobody gives, which would start anew."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._missing: set[str] = set()
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] in ("param", "mutable") and msg["value"] is None:
-            self._missing.add(msg["name"])
-
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
         if self._missing:
-            raise missing_params(self._missing) from exc_value
-
-
-def _giving(values: Mapping[str, Any]) -> substitute:
-    """Give values of the batch to latents, in the body of a scan too."""
-
-    def give(msg: dict[str, Any]) -> Any:
-        if msg["type"] != "sample" or msg["is_observed"]:
-            return None
-        return values.get(msg["name"])
-
-    return substitute(substitute_fn=give)
-
-
-def _is_latent(site: dict[str, Any]) -> bool:
-    return site["type"] == "sample" and not site["is_observed"]
-
-
-def _plates_of(site: dict[str, Any]) -> set[str]:
-    return {frame.name for frame in site.get("cond_indep_stack", ())}
-
-
-class _Site(NamedTuple):
-    """Where a site that is returned holds the rows of its plates.
-
-    An axis is counted from the right; None if several can be the plate's.
-    """
-
-    plates: set[str]
-    axes: dict[str, int | None]
+            raise ValueError(
+                f"The parameters lack {sorted(self._missing)}, which guide or model "
+                "have. Give what fit or run has returned, a state, or parameters as "
+                "get_params returns them (these lack mutable state)."
+            ) from exc_value
 
 
 class Draw:
-    """Makes one draw for a batch; JAX traces it, and then it knows its sites."""
+    """Makes one draw for a batch; JAX traces it, and then it knows its sites.
 
-    any_rows: _AnyRows
+    Attributes
+    ----------
+    plates : set of str
+        The plates of the batch: those that it names, and those that take some rows.
+    names_plates : bool
+        Whether the batch names any.
+    of_guide : set of str
+        The plates of the guide.
+    met : _complete
+        What has been met of all plates.
+    axes : dict of str to dict
+        For each site that is returned, the axes that hold the rows of its plates,
+        counted from the right; None where several can be the plate's.
+    """
 
-    def __init__(self, svi: SubsampleSVI, request: Request, batch: Batch) -> None:
-        self._svi, self._request, self._batch = svi, request, batch
-        self.plates, self.says_plates = set(batch.plates), batch.says_plates
-        self.of_guide: set[str] = set()
-        self.sites: dict[str, _Site] = {}
+    met: _complete
+    of_guide: set[str]
 
-    def __call__(self, key: jax.Array, given: Given, rows: dict) -> dict[str, Any]:
+    def __init__(self, svi: SubsampleSVI, request: Request, batch: Minibatch) -> None:
+        self._svi, self._request = svi, request
+        # Of an unseen plate that is padded, nothing says how long it is.
+        self._counts = {
+            name: int(count)
+            for name, count in batch.counts.items()
+            if name not in batch.padded
+        }
+        self.plates = {*batch.rows, *batch.counts, *request.unseen}
+        self.names_plates = bool(batch.rows or batch.counts)
+        self.axes: dict[str, dict[str, int | None]] = {}
+        self._parts = list(autoguides_in(svi.guide))
+
+    def __call__(self, key: jax.Array, given: Given) -> dict[str, jax.Array]:
         given = jax.tree.map(jnp.asarray, given)
-        with on_batch(self._svi, given.rows):
-            return self._run(key, given, rows)
+        # Padded rows are drawn like others, and are cut off later.
+        with self._svi._on(replace(given.batch, padded=())):
+            return self._run(key, given)
 
-    def _run(self, key: jax.Array, given: Given, rows: dict) -> dict[str, Any]:
-        request, unseen = self._request, self._request.unseen
-        args, kwargs = self._batch.arguments(given.leaves)
-        self.any_rows = _AnyRows(rows, self._batch.lengths)
+    def _run(self, key: jax.Array, given: Given) -> dict[str, jax.Array]:
+        svi, request, batch = self._svi, self._request, given.batch
+        kwargs = batch.kwargs | svi.static_kwargs
+        self.met = _complete(given.made_up, request.unseen, self._counts)
 
-        def guide() -> None:
-            with self._around(given), self._posteriors(given), substitute(data=pins):
-                self._svi.guide(*args, **kwargs)
+        def sites_of(
+            function: Callable, last: Any, rng_key: jax.Array, values: Mapping[str, Any]
+        ) -> dict[str, Any]:
+            """Run guide or model, and give `values` to latents."""
 
-        def model() -> None:
-            new = internals.replaced(self.any_rows, unseen=unseen)
-            with self._around(given), new, replay(trace=latents):
-                self._svi.model(*args, **kwargs)
+            def give(msg: dict[str, Any]) -> Any:
+                return values.get(msg["name"]) if _is_latent(msg) else None
 
-        latents: OrderedDict[str, Any] = OrderedDict()
-        pins = self._pins_of_guide(model)
+            with (
+                trace() as sites,
+                # Values of the batch, which a dict of values would not be taken for.
+                substitute(substitute_fn=give),
+                # Sites get keys before they get values, so that all runs that are given
+                # more values or less have the same draws of the others.
+                seed(rng_seed=rng_key),
+                # The rest is close to the sites, as a block may stand further out.
+                self.met,
+                substitute(data=batch.pinned),
+                substitute(data=given.params),
+                last,
+            ):
+                function(*batch.args, **kwargs)
+            return dict(sites)
+
+        latents: Any = {}
+        model = partial(sites_of, svi.model, replay(trace=latents))
+        rows = substitute(data=self._rows_of_unseen(model))
+        guide = partial(sites_of, svi.guide, rows)
         keys = jax.random.split(key, 8)
         of_guide, of_model, of_data, of_enumerated = (
             (own, jax.random.fold_in(of_batches, given.number))
             for own, of_batches in zip(keys[::2], keys[1::2], strict=True)
         )
-        _, drawn = self._two_draws(guide, of_guide, joint=self._joint())
+        joint = {
+            name
+            for part in self._parts
+            if isinstance(part, AutoContinuous)
+            for name in internals.initial_values(part)
+        }
+        _, drawn = self._two_draws(guide, of_guide, joint)
         self.of_guide = set().union(*map(_plates_of, drawn.values()))
         for name, site in drawn.items():
-            if _is_latent(site) and _plates_of(site).isdisjoint(unseen):
-                value = self._one_a_row(site, given.first)
+            if _is_latent(site) and _plates_of(site).isdisjoint(request.unseen):
+                value = _one_a_row(site, given.first)
                 # Without records of its plates, of which unseen ones differ.
                 latents[name] = site | {"value": value, "plates": {}}
         outside, sites = self._two_draws(model, of_model)
-        check_names("unseen", unseen, self.any_rows.sizes)
-        check_names("The batch", self._batch.named, self.any_rows.sizes)
+        check_names("The batch", {*batch.rows, *batch.padded}, self.met.sizes)
         enumerated = [
             name
             for name, site in sites.items()
             if _is_latent(site) and name not in latents and is_enumerated(site)
         ]
+        model = partial(model, of_model[1])
         if request.log_likelihood:
-            run = self._given(model, outside, of_model)
-            return self._log_likelihoods(run, sites, enumerated)
+            run = partial(model, outside)
+            found = log_likelihoods(run, sites, enumerated, self.plates)
+            if not found:
+                raise ValueError(
+                    "The model observes nothing with these arguments, so there is no "
+                    "likelihood. Give the batch its data."
+                )
+            self.axes = {n: _axes(*own, event_dim=0) for n, own in found.items()}
+            return {name: value for name, (_, value) in found.items()}
         if request.infer_discrete and enumerated:
-            self._check_in_rows(sites, enumerated)
+            some = sorted(self._taking_some())
+            for name in enumerated:
+                if some and _plates_of(sites[name]).isdisjoint(self.plates):
+                    raise ValueError(
+                        f"Enumerated site '{name}' stands outside of the plates "
+                        f"{some}, so it depends on all of their rows, and the batch "
+                        "has some. Give one batch of all rows."
+                    )
             values = {n: s["value"] for n, s in sites.items() if n not in enumerated}
-            run = self._given(model, values, of_model)
-            outside |= assignments(run, of_enumerated[1], sites, enumerated, latents)
-            with trace() as sites:
-                self._given(model, outside, of_model)()
-            enumerated = []
-        return self._values(sites, latents, enumerated, outside, of_data)
+            run = partial(model, values)
+            found = assignments(run, of_enumerated[1], sites, enumerated, latents)
+            sites, enumerated = model(outside | found), []
+        return self._values(sites, latents, enumerated, of_data)
 
-    @contextmanager
-    def _around(self, given: Given) -> Generator[None]:
-        """Give rows and parameters, also where a ``block`` stands further out."""
-        pins, params = substitute(data=given.rows), substitute(data=given.params)
-        with _KnownParams(), self.any_rows, pins, params:
-            yield
-
-    @contextmanager
-    def _posteriors(self, given: Given) -> Generator[None]:
-        """Let guides that are called for their mode draw from their posterior."""
-        with ExitStack() as changes:
-            parts = called_for_mode(self._svi.guide)
-            for part, posterior in zip(parts, given.posteriors, strict=True):
-                changes.enter_context(internals.with_posterior(part, posterior))
-            yield
-
-    def _pins_of_guide(self, model: Callable[[], None]) -> dict[str, jax.Array]:
+    def _rows_of_unseen(self, model: Callable) -> dict[str, jax.Array]:
         """Return rows for the guide to take in place of those that it has not."""
-        unseen, parts = self._request.unseen, list(autoguides_in(self._svi.guide))
-        local = [part for part in parts if isinstance(part, AutoSemiDAIS)]
+        unseen = self._request.unseen
+        local = [part for part in self._parts if isinstance(part, AutoSemiDAIS)]
         if not (unseen or local):
             return {}
-        with block(), seed(rng_seed=0), trace() as sites:
-            model()
-        check_names("unseen", unseen, self.any_rows.sizes)
-        sizes, counts = dict(self.any_rows.sizes), self.any_rows.made_up
-        for part in parts:
+        with block():
+            sites = model(jax.random.key(0), {})
+        check_names("unseen", unseen, self.met.sizes)
+        sizes, counts = dict(self.met.sizes), self.met.made_up
+        for part in self._parts:
             sizes |= internals.full_sizes(part)
         for part in local:
-            _check_local_model(part, sites, {n: counts[n] for n in unseen}, sizes)
+            prototype: Any = part.prototype_trace
+            missing = [
+                name
+                for name, site in sites.items()
+                if _is_latent(site) and prototype.get(name, {}).get("is_observed")
+            ]
+            if missing:
+                raise ValueError(
+                    "AutoSemiDAIS makes the latents of rows from their data, and the "
+                    f"batch lacks those of the sites {missing}. Give the batch all "
+                    "that the model was trained with; for rows without data, use "
+                    "unseen."
+                )
+        for name in unseen:
+            if local and counts[name] > sizes[name]:
+                raise ValueError(
+                    "AutoSemiDAIS runs its local model on the batch, and cannot take "
+                    f"{counts[name]} unseen rows at once for plate '{name}' (size "
+                    f"{sizes[name]}). Give smaller batches."
+                )
         return {name: jnp.arange(min(counts[name], sizes[name])) for name in unseen}
 
-    def _joint(self) -> set[str]:
-        """Return the latents that are drawn at once for all rows."""
-        return {
-            name
-            for part in autoguides_in(self._svi.guide)
-            if isinstance(part, AutoContinuous)
-            for name in internals.initial_values(part)
-        }
-
     def _two_draws(
-        self,
-        run: Callable[[], None],
-        keys: tuple[jax.Array, jax.Array],
-        joint: Collection[str] = (),
+        self, run: Callable, keys: tuple, joint: Collection[str] = ()
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the latents outside of the batch's plates, and all sites."""
-        with seed(rng_seed=keys[0]), trace() as sites:
-            run()
-        taken, sizes = self.any_rows.taken, self.any_rows.sizes
-        self.plates |= {name for name in sizes if taken[name] != sizes[name]}
+        """Return the latents outside of the batch's plates, and all sites.
+
+        Latents with a `joint` distribution over all rows are outside of them, too.
+        """
+        sites = run(keys[0], {})
+        self.plates |= self._taking_some()
         outside = {
             name: site["value"]
             for name, site in sites.items()
             if _is_latent(site)
             and (name in joint or _plates_of(site).isdisjoint(self.plates))
         }
-        with trace() as sites:
-            self._given(run, outside, keys)()
-        return outside, dict(sites)
+        return outside, run(keys[1], outside)
 
-    def _given(
-        self, run: Callable[[], None], values: Mapping[str, Any], keys: tuple
-    ) -> Callable[[], None]:
-        """Return the second run: all but these values is drawn by the batch's key."""
-
-        def given() -> None:
-            # Sites get their keys before they get values, so that all runs that are
-            # given more values or less have the same draws of the others.
-            with _giving(values), seed(rng_seed=keys[1]):
-                run()
-
-        return given
-
-    def _one_a_row(self, site: dict[str, Any], first: dict[str, jax.Array]) -> Any:
-        """Return a latent; a row that is in the batch twice has one."""
-        value = site["value"]
-        for frame in site["cond_indep_stack"]:
-            if frame.name in first:
-                axis = frame.dim - site["fn"].event_dim
-                value = jnp.take(value, first[frame.name], axis)
-        return value
-
-    def _check_in_rows(self, sites: dict[str, Any], enumerated: list[str]) -> None:
-        """Refuse to infer from some rows what depends on all of them."""
-        taken, sizes = self.any_rows.taken, self.any_rows.sizes
-        some = sorted(name for name in sizes if taken[name] != sizes[name])
-        for name in enumerated:
-            if some and _plates_of(sites[name]).isdisjoint(self.plates):
-                raise ValueError(
-                    f"Enumerated site '{name}' stands outside of the plates {some}, so "
-                    "it depends on all of their rows, and the batch has some. Give one "
-                    "batch of all rows."
-                )
+    def _taking_some(self) -> set[str]:
+        sizes, taken = self.met.sizes, self.met.taken
+        return {name for name in sizes if taken[name] != sizes[name]}
 
     def _values(
         self,
         sites: dict[str, Any],
         latents: Collection[str],
         enumerated: Collection[str],
-        outside: Mapping[str, Any],
         keys: tuple[jax.Array, jax.Array],
     ) -> dict[str, jax.Array]:
         possible = [
@@ -304,7 +300,7 @@ class Draw:
             if site["type"] in ("sample", "deterministic")
             and not isinstance(site.get("fn"), Unit)
         ]
-        names: Any = self._request.return_sites
+        names = self._request.return_sites
         if names is None:
             names = [n for n in possible if n not in latents and n not in enumerated]
         values = {}
@@ -320,68 +316,42 @@ class Draw:
                     f"{sorted(possible)}."
                 )
             site = sites[name]
-            value = outside.get(name, site["value"])
+            value = site["value"]
             if site["type"] == "sample" and site["is_observed"]:
                 in_batch = not _plates_of(site).isdisjoint(self.plates)
                 value = site["fn"](rng_key=jax.random.fold_in(keys[in_batch], number))
-            values[name] = value = jnp.asarray(value)
-            self.sites[name] = _site(site, value, site["type"] == "deterministic")
+            values[name] = jnp.asarray(value)
+            # A deterministic site may have its rows along any axis.
+            event_dim = site["fn"].event_dim if site["type"] == "sample" else None
+            self.axes[name] = _axes(site, values[name], event_dim)
         return values
 
-    def _log_likelihoods(
-        self, model: Callable, sites: dict[str, Any], enumerated: list[str]
-    ) -> dict[str, jax.Array]:
-        if enumerated:
-            found = log_likelihoods(model, sites, enumerated, self.plates)
-        else:
-            found = {
-                name: (site, site["fn"].log_prob(site["value"]))
-                for name, site in sites.items()
-                if site["type"] == "sample" and site["is_observed"]
-            }
-        if not found:
-            raise ValueError(
-                "The model observes nothing with these arguments, so there is no "
-                "likelihood. Give the batch its data."
-            )
-        for name, (site, value) in found.items():
-            self.sites[name] = _site({**site, "fn": None}, value, False)
-        return {name: value for name, (_, value) in found.items()}
+
+def _is_latent(site: dict[str, Any]) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]
 
 
-def _check_local_model(
-    guide: AutoSemiDAIS, sites: dict, unseen: dict[str, int], sizes: dict[str, int]
-) -> None:
-    """Refuse a batch on which the guide cannot run its local model."""
-    prototype: Any = guide.prototype_trace
-    missing = [
-        name
-        for name, site in sites.items()
-        if _is_latent(site) and prototype.get(name, {}).get("is_observed")
-    ]
-    if missing:
-        raise ValueError(
-            "AutoSemiDAIS makes the latents of rows from their data, and the batch "
-            f"lacks those of the sites {missing}. Give the batch all that the model "
-            "was trained with; for rows without data, use unseen."
-        )
-    for name, count in unseen.items():
-        if count > sizes[name]:
-            raise ValueError(
-                f"AutoSemiDAIS runs its local model on the batch, and cannot take "
-                f"{count} unseen rows at once for plate '{name}' (size "
-                f"{sizes[name]}). Give smaller batches."
-            )
+def _plates_of(site: dict[str, Any]) -> set[str]:
+    return {frame.name for frame in site.get("cond_indep_stack", ())}
 
 
-def _site(site: dict[str, Any], value: jax.Array, deterministic: bool) -> _Site:
-    """Find the axes of a site's plates."""
-    axes: dict[str, int | None] = {}
-    event_dim = getattr(site.get("fn"), "event_dim", 0)
+def _one_a_row(site: dict[str, Any], first: dict[str, jax.Array]) -> Any:
+    """Return the value of a latent; a row that is in the batch twice has one."""
+    value = site["value"]
     for frame in site["cond_indep_stack"]:
-        # Those of a deterministic site may be any that are as long.
-        at = range(-value.ndim, 0) if deterministic else [frame.dim - event_dim]
+        if frame.name in first:
+            value = jnp.take(value, first[frame.name], frame.dim - site["fn"].event_dim)
+    return value
+
+
+def _axes(
+    site: dict[str, Any], value: jax.Array, event_dim: int | None
+) -> dict[str, int | None]:
+    """Find the axes of a site's plates; without `event_dim`, any that are as long."""
+    axes: dict[str, int | None] = {}
+    for frame in site["cond_indep_stack"]:
+        at = range(-value.ndim, 0) if event_dim is None else [frame.dim - event_dim]
         found = [i for i in at if -i <= value.ndim and value.shape[i] == frame.size]
         if found:
             axes[frame.name] = found[0] if len(found) == 1 else None
-    return _Site(_plates_of(site), axes)
+    return axes

@@ -26,12 +26,12 @@ def assignments(
     names: Collection[str],
     known: Collection[str],
 ) -> dict[str, jax.Array]:
-    """Draw enumerated latents from their posterior, given all other latents.
+    """Draw enumerated latents from their posterior, given others.
 
     Parameters
     ----------
     model : callable
-        Runs the model, with its latents given.
+        Runs the model, with the values of all other latents.
     rng_key : jax.Array
         The random key.
     sites : dict of str to dict
@@ -39,21 +39,16 @@ def assignments(
     names : collection of str
         The enumerated latents.
     known : collection of str
-        The other latents that are known; the rest has still to be drawn.
+        The latents that are given; the values of others say nothing.
 
     Returns
     -------
     dict of str to jax.Array
         By name.
     """
-    unknown = {
-        name
-        for name, site in sites.items()
-        if site["type"] == "sample" and not site["is_observed"]
-    }.difference(names, known)
 
     def run() -> None:
-        with _TrueDensities(unknown):
+        with _true_densities({*names, *known}):
             model()
 
     drawn = internals.sample_enumerated(run, _first_dim(sites), 1, rng_key)
@@ -66,7 +61,7 @@ def log_likelihoods(
     names: Collection[str],
     plates: set[str],
 ) -> dict[str, tuple[dict[str, Any], jax.Array]]:
-    """Sum enumerated latents out of the log likelihoods of observed sites.
+    """Return the log likelihoods of observed sites, enumerated latents summed out.
 
     Parameters
     ----------
@@ -83,36 +78,37 @@ def log_likelihoods(
     Raises
     ------
     ValueError
-        If the rows of a site are not independent, given the other latents, or two
-        sites of one row.
+        If the rows of a site, or two sites of one row, depend on each other, given
+        the other latents.
     """
-    enumerating = enum(first_available_dim=_first_dim(sites))
-    with plate_to_enum_plate(), enumerating, packed_trace() as packed:
-        model()
-    factors = {
-        name: to_funsor(
-            site["fn"].log_prob(site["value"]),
-            output=funsor.Real,
-            dim_to_name=site["infer"]["dim_to_name"],
-        )
-        for name, site in packed.items()
-        if site["type"] == "sample" and (site["is_observed"] or name in names)
-    }
+    factors: dict[str, Any] = {}
+    if names:
+        enumerating = enum(first_available_dim=_first_dim(sites))
+        with plate_to_enum_plate(), enumerating, packed_trace() as packed:
+            model()
+        factors = {
+            name: to_funsor(
+                site["fn"].log_prob(site["value"]),
+                output=funsor.Real,
+                dim_to_name=site["infer"]["dim_to_name"],
+            )
+            for name, site in packed.items()
+            if site["type"] == "sample" and (site["is_observed"] or name in names)
+        }
     found: dict[str, Any] = {}
     summed_for: dict[str, str] = {}
     for name, site in sites.items():
         if site["type"] != "sample" or not site["is_observed"]:
             continue
-        summed = _ancestors(name, factors, names)
+        summed = _ancestors(name, factors) if names else []
         if not summed:
             found[name] = site, site["fn"].log_prob(site["value"])
             continue
         around, own = _dims(site), _dims(sites[summed[0]])
         for latent in summed:
-            taken = summed_for.setdefault(latent, name)
             why = None
-            if taken != name:
-                why = f"'{taken}' depends on it, too"
+            if (other := summed_for.setdefault(latent, name)) != name:
+                why = f"'{other}' depends on it, too"
             elif _dims(sites[latent]) != own or not own.items() <= around.items():
                 why = "it stands in other plates than other sites of the row"
             elif not plates.isdisjoint(around.keys() - own.keys()):
@@ -131,14 +127,13 @@ def log_likelihoods(
     return found
 
 
-def _ancestors(
-    name: str, factors: Mapping[str, Any], names: Collection[str]
-) -> list[str]:
+def _ancestors(name: str, factors: Mapping[str, Any]) -> list[str]:
     """Return the enumerated latents that a site depends on, by others too."""
     found, inputs = [], list(factors[name].inputs)
     while inputs:
         latent = inputs.pop()
-        if latent in names and latent not in found:
+        # Other inputs are plates.
+        if latent in factors and latent not in found:
             found.append(latent)
             inputs += factors[latent].inputs
     return found
@@ -154,15 +149,15 @@ def _first_dim(sites: Mapping[str, Any]) -> int:
     return -1 - max(len(fn.batch_shape) for fn in fns)
 
 
-class _TrueDensities(Handler):
-    """Takes the scales off all sites, and off some their densities."""
+class _true_densities(Handler):
+    """Takes the scales off all sites, and their densities off other latents."""
 
-    def __init__(self, without: Collection[str] = ()) -> None:
+    def __init__(self, latents: Collection[str]) -> None:
         super().__init__()
-        self._without = without
+        self._latents = latents
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample":
             msg["scale"] = None
-            if msg["name"] in self._without:
+            if not msg["is_observed"] and msg["name"] not in self._latents:
                 msg["fn"] = msg["fn"].mask(False)

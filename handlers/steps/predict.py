@@ -6,7 +6,9 @@ one batch after another, and the rows are put together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun
+from jax.tree_util import keystr, tree_flatten_with_path
+from numpyro.infer.autoguide import AutoLaplaceApproximation
+from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
-from ..batches.minibatch import Minibatch
-from ..batches.padding import check_count, check_names
+from ..batches.minibatch import Minibatch, as_minibatch
+from ..batches.padding import check_count
 from ..effect import internals
+from ..effect.dynamic_subsample import dynamic_subsample
+from ..effect.guides import autoguides_in
 from ..effect.rows import check_rows
-from .draw import Draw, Request
-from .inputs import Batch, Given, params_of, posteriors_of
+from .draw import Draw, Given, Request
 from .programs import compiled
 from .start import check_key
 
@@ -128,11 +134,8 @@ def predict(
     >>> y_new.shape == (1000, len(X_new))
     True
     """
-    request = Request(
-        unseen=tuple(unseen),
-        return_sites=None if return_sites is None else tuple(return_sites),
-        infer_discrete=infer_discrete,
-    )
+    sites = None if return_sites is None else tuple(return_sites)
+    request = Request(_names(unseen), sites, infer_discrete)
     return _computed(self, rng_key, fitted, batches, num_samples, progress_bar, request)
 
 
@@ -190,14 +193,21 @@ def log_likelihood(
     >>> found["y"].shape == (50, N)
     True
 
-    For leave-one-out cross-validation, without what the latents of a row have seen:
+    The density of rows for latents from their prior, which have not seen the rows;
+    globals have:
 
     >>> found = svi.log_likelihood(
     ...     key, state, batches, 50, unseen=["people"], progress_bar=False
     ... )
     """
-    request = Request(unseen=tuple(unseen), log_likelihood=True)
+    request = Request(_names(unseen), log_likelihood=True)
     return _computed(self, rng_key, fitted, batches, num_samples, progress_bar, request)
+
+
+def _names(unseen: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(unseen, str):
+        raise ValueError(f"unseen is a list of plates: unseen=[{unseen!r}].")
+    return tuple(unseen)
 
 
 def _computed(
@@ -222,33 +232,30 @@ def _computed(
             f"batches must be one Minibatch or an iterable of them, not "
             f"{type(batches).__name__}: give minibatch(data, rows={{'plate': rows}})."
         )
-    params = params_of(svi, fitted)
-    posteriors = posteriors_of(svi, params)
+    params = _params_of(svi, fitted)
     keys = jax.random.split(rng_key, num_samples)
     # Of this call alone: what model and guide close over may be another one later.
-    programs: list[_Program] = []
+    programs: dict[Any, _Program] = {}
     parts: list[dict[str, np.ndarray]] = []
-    for number, item in enumerate(tqdm(batches, disable=not progress_bar)):
-        batch = Batch(svi, item, request.unseen)
-        arrays = batch.leaves, batch.rows, batch.first
-        given = Given(params, posteriors, np.uint32(number), *arrays)
-        program = next((own for own in programs if own.fits(batch, given)), None)
-        if program is None:
-            program = _Program(svi, request, batch, keys, given)
-            programs.append(program)
-        parts.append(program(batch, keys, given))
-        if parts[0].keys() != parts[-1].keys():
-            differ = sorted(parts[0].keys() ^ parts[-1].keys())
-            raise ValueError(
-                f"Batch {number} gives the sites {sorted(parts[-1])}, and the first "
-                f"batch {sorted(parts[0])}. Give all batches the same arguments, or "
-                f"leave {differ} out by return_sites."
-            )
+    with _drawing_from_posteriors(svi, params):
+        for number, item in enumerate(tqdm(batches, disable=not progress_bar)):
+            given = _given(params, number, as_minibatch(item), request.unseen)
+            kind = _kind(given)
+            if kind not in programs:
+                programs[kind] = _Program(svi, request, keys, given)
+            parts.append(programs[kind](given))
+            if parts[0].keys() != parts[-1].keys():
+                differ = sorted(parts[0].keys() ^ parts[-1].keys())
+                raise ValueError(
+                    f"Batch {number} gives the sites {sorted(parts[-1])}, and the "
+                    f"first batch {sorted(parts[0])}. Give all batches the same "
+                    f"arguments, or leave {differ} out by return_sites."
+                )
     if not parts:
         raise ValueError("There is no batch to predict.")
     if len(parts) == 1:
         return parts[0]
-    draws = [program.draw for program in programs]
+    draws = [program.draw for program in programs.values()]
     return {
         name: _concatenated(name, [part[name] for part in parts], draws)
         for name in parts[0]
@@ -257,11 +264,12 @@ def _computed(
 
 def _concatenated(name: str, parts: list[np.ndarray], draws: list[Draw]) -> np.ndarray:
     """Concatenate the rows of one site."""
-    site, plates = draws[0].sites[name], draws[0].plates
+    first = draws[0]
+    plates = first.axes[name].keys()
     # What one shape of batch leaves open, another may tell.
-    known = {p: axis for d in draws for p, axis in d.sites[name].axes.items() if axis}
-    of_batch = sorted(plates.intersection(site.axes))
-    unknown = sorted(site.axes.keys() - plates - draws[0].of_guide)
+    known = {p: axis for draw in draws for p, axis in draw.axes[name].items() if axis}
+    of_batch = sorted(plates & first.plates)
+    unknown = sorted(plates - first.plates - first.of_guide)
     if len(of_batch) > 1:
         why = (
             f"has rows of the plates {of_batch}, each of which has other rows in every "
@@ -274,13 +282,17 @@ def _concatenated(name: str, parts: list[np.ndarray], draws: list[Draw]) -> np.n
             f"has several axes as long as plate '{of_batch[0]}' takes rows. Give "
             "batches of another size"
         )
-    elif unknown and not draws[0].says_plates:
+    elif unknown and not first.names_plates:
         why = (
             f"has the rows of plate '{unknown[0]}', and nothing says whether they are "
             "those of the batch or the same in all batches. Make the batches by "
             "minibatch(...), which names their plates"
         )
-    elif all(_equal(part, parts[0]) for part in parts[1:]):
+    elif all(
+        part.shape == parts[0].shape
+        and np.allclose(part, parts[0], rtol=1e-4, equal_nan=True)
+        for part in parts[1:]
+    ):
         return parts[0]
     else:
         why = (
@@ -290,9 +302,65 @@ def _concatenated(name: str, parts: list[np.ndarray], draws: list[Draw]) -> np.n
     raise ValueError(f"Site '{name}' {why}, or leave it out of return_sites.")
 
 
-def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    same = one.shape == other.shape
-    return same and np.allclose(one, other, rtol=1e-4, equal_nan=True)
+# ------------------------------------------------------------------ what is given
+
+
+def _params_of(svi: SubsampleSVI, fitted: Any) -> dict[str, Any]:
+    """Return parameters and mutable state of whatever a fit has returned."""
+    state = fitted if isinstance(fitted, SVIState) else getattr(fitted, "state", None)
+    params = fitted
+    if isinstance(state, SVIState):
+        params = getattr(fitted, "params", None) or svi.get_params(state)
+        params = params | (state.mutable_state or {})
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            "The second argument must be what fit or run has returned, a state, or a "
+            f"dict of parameters, not {type(fitted).__name__}."
+        )
+    return jax.tree.map(jnp.asarray, dict(params))
+
+
+@contextmanager
+def _drawing_from_posteriors(
+    svi: SubsampleSVI, params: dict[str, Any]
+) -> Generator[None]:
+    """Let guides that a call gives the mode of draw from their posterior."""
+    with ExitStack() as changes:
+        for part in autoguides_in(svi.guide):
+            if part.prototype_trace is None:
+                raise ValueError(
+                    f"The {type(part).__name__} has not met its model yet. Call "
+                    "svi.init(rng_key, batch) first."
+                )
+            if isinstance(part, AutoLaplaceApproximation):
+                # The call itself says which parameters are missing.
+                with suppress(KeyError):
+                    with dynamic_subsample():
+                        posterior = part.get_posterior(params)
+                    changes.enter_context(internals.with_posterior(part, posterior))
+        yield
+
+
+def _given(
+    params: dict[str, Any], number: int, batch: Minibatch, unseen: Collection[str]
+) -> Given:
+    """Return what draws for a batch are made from."""
+    rows = {n: None if n in unseen else own for n, own in batch.rows.items()}
+    batch, first = replace(batch, rows=rows), {}
+    for name, own in batch.pinned.items():
+        count = int(batch.valid.get(name, len(own)))
+        _, index, inverse = np.unique(
+            np.asarray(own)[:count], return_index=True, return_inverse=True
+        )
+        if len(index) < count:
+            first[name] = np.append(index[inverse], np.arange(count, len(own)))
+    return Given(params, np.uint32(number), batch, first, made_up={})
+
+
+def _kind(given: Given) -> Any:
+    """Return what is the same for batches that differ in the values of arrays only."""
+    leaves, structure = jax.tree.flatten((given.batch, given.first))
+    return structure, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
 # ------------------------------------------------------------------ all draws
@@ -302,74 +370,100 @@ class _Program:
     """The compiled draws of batches that differ in the values of their arrays only."""
 
     def __init__(
-        self,
-        svi: SubsampleSVI,
-        request: Request,
-        batch: Batch,
-        keys: jax.Array,
-        given: Given,
+        self, svi: SubsampleSVI, request: Request, keys: jax.Array, given: Given
     ) -> None:
-        self._like, self._types = batch, _types(given)
-        self.draw = draw = Draw(svi, request, batch)
-        one, run = _traced(draw, keys[0], given, {})
-        rows = {n: jnp.arange(count) for n, count in draw.any_rows.made_up.items()}
-        if rows:
-            one, run = _traced(draw, keys[0], given, rows)
-            made_from = internals.eval_provenance(
-                lambda **rows: run(keys[0], given, rows), **rows
-            )
-            _check_independent(made_from, draw.any_rows.sizes, request.unseen)
-        most = max(_BLOCK // (_AT_ONCE * _largest(one.jaxpr, 1)), 1)
+        self.draw = draw = Draw(svi, request, given.batch)
+        one, run = _traced(draw, keys[0], given)
+        if draw.met.made_up:
+            rows = {n: jnp.arange(count) for n, count in draw.met.made_up.items()}
+            given = given._replace(made_up=rows)
+            one, run = _traced(draw, keys[0], given)
+        self._run_one, self._keys, self._given = run, keys, given
+        self._check_independent(request.unseen)
+        most = max(_BLOCK // (_AT_ONCE * _largest(one)), 1)
         blocks = -(-len(keys) // most)
         size = -(-len(keys) // blocks)
 
-        def all_draws(keys: jax.Array, given: Given, rows: dict) -> Any:
+        def all_draws(keys: jax.Array, given: Given) -> Any:
             # Blocks of one size, as a smaller one would be compiled apart.
             places = jnp.minimum(jnp.arange(blocks * size), len(keys) - 1)
             made = jax.lax.map(
-                lambda key: run(key, given, rows), keys[places], batch_size=size
+                lambda key: run(key, given), keys[places], batch_size=size
             )
             return jax.tree.map(lambda draws: draws[: len(keys)], made)
 
-        self._run = compiled(all_draws, keys, given, rows, options={})
-        self._rows = rows
-        self._given = given
-        self._one = lambda **some: run(keys[0], given._replace(**some), rows)
+        self._run = compiled(all_draws, keys, given, options={})
 
-    def fits(self, batch: Batch, given: Given) -> bool:
-        return self._like.is_like(batch) and self._types == _types(given)
-
-    def __call__(
-        self, batch: Batch, keys: jax.Array, given: Given
-    ) -> dict[str, np.ndarray]:
-        taken, sizes = self.draw.any_rows.taken, self.draw.any_rows.sizes
-        for name, own in batch.known.items():
-            check_rows(name, sizes[name], own)
-        check_names("The batch", batch.counts, sizes)
-        for plate, count in batch.counts.items():
-            check_count(plate, count, taken[plate])
-        padded = {n: own for n, own in batch.counts.items() if own < taken[n]}
+    def __call__(self, given: Given) -> dict[str, np.ndarray]:
+        batch, met = given.batch, self.draw.met
+        for name, rows in batch.pinned.items():
+            check_rows(name, met.sizes[name], rows)
+        padded = {}
+        for plate, count in batch.valid.items():
+            check_count(plate, int(count), met.taken[plate])
+            if count < met.taken[plate]:
+                padded[plate] = int(count)
         if padded:
             self._check_padding(padded)
-        values = jax.device_get(self._run(keys, given, self._rows))
+        given = given._replace(made_up=self._given.made_up)
+        values = jax.device_get(self._run(self._keys, given))
         for plate, count in padded.items():
-            for name, site in self.draw.sites.items():
-                axis = site.axes.get(plate)
+            for name, axes in self.draw.axes.items():
+                axis = axes.get(plate)
                 if axis is not None:
-                    rest = (slice(None),) * (-axis - 1)
-                    values[name] = values[name][(..., slice(count), *rest)]
+                    values[name] = np.split(values[name], [count], axis)[0]
         return values
+
+    @cached_property
+    def _made_from(self) -> dict[str, frozenset[str]]:
+        """Return the arrays that each site is made from, by their places in `Given`."""
+        leaves, structure = tree_flatten_with_path(self._given)
+        places = {keystr(path): leaf for path, leaf in leaves}
+
+        def one(**leaves: Any) -> dict[str, Any]:
+            given = structure.unflatten(leaves[place] for place in places)
+            return self._run_one(self._keys[0], given)
+
+        return internals.eval_provenance(one, **places)
+
+    def _check_independent(self, unseen: Collection[str]) -> None:
+        """Refuse sites that depend on which rows a plate has, if nothing says it."""
+        for plate in sorted(self._given.made_up):
+            why = (
+                "which does not have the unseen rows of the batch. Let the model take "
+                "the data of its rows as an argument."
+                if plate in unseen
+                else "and the batch does not say which they are. Name them: "
+                f"minibatch(..., rows={{'{plate}': rows}})."
+            )
+            for site, places in self._made_from.items():
+                if f".made_up[{plate!r}]" in places:
+                    raise ValueError(
+                        f"Site '{site}' depends on the rows of plate '{plate}' (size "
+                        f"{self.draw.met.sizes[plate]}), {why}"
+                    )
+
+    @cached_property
+    def _made_from_rows(self) -> set[str]:
+        """Return the sites that are made from what may be padded."""
+        given, taken = self._given._replace(params={}), self.draw.met.taken
+        # What is as long as a padded plate is taken to be padded, too. What is drawn in
+        # the plates of the batch is drawn by its number.
+        lengths = {taken[plate] for plate in given.batch.padded}
+        of_batch = {".number"} | {
+            keystr(path)
+            for path, leaf in tree_flatten_with_path(given)[0]
+            if not lengths.isdisjoint(np.shape(leaf)[:1])
+        }
+        return {name for name, own in self._made_from.items() if own & of_batch}
 
     def _check_padding(self, padded: Collection[str]) -> None:
         """Refuse sites that would bring padding back."""
-        for name, site in self.draw.sites.items():
+        for name, axes in self.draw.axes.items():
             why = None
-            if found := [p for p in sorted(padded) if site.axes.get(p, 0) is None]:
+            if found := [p for p in sorted(padded) if axes.get(p, 0) is None]:
                 why = f"has several axes that are as long as '{found[0]}' is"
-            elif (
-                site.axes.keys().isdisjoint(self.draw.plates)
-                and self._depends_on_rows[name]
-            ):
+            elif self.draw.plates.isdisjoint(axes) and name in self._made_from_rows:
                 why = "depends on their rows, and has no axis for them"
             if why:
                 raise ValueError(
@@ -377,52 +471,6 @@ class _Program:
                     "padding cannot be removed. Leave the site out of return_sites, or "
                     "give the batch without a capacity."
                 )
-
-    @cached_property
-    def _depends_on_rows(self) -> dict[str, frozenset[str]]:
-        """For each site, of what that may be padded it is made."""
-        given, taken = self._given, self.draw.any_rows.taken
-        capacities = [taken[plate] for plate in self._like.counts]
-        # Arguments that are as long as a capacity are taken to be padded to it.
-        padded = {
-            str(place): leaf
-            for place, leaf in enumerate(given.leaves)
-            if leaf is not None and leaf.ndim and len(leaf) in capacities
-        }
-
-        def one(number: Any, rows: dict, padded: dict) -> Any:
-            leaves = [padded.get(str(n), own) for n, own in enumerate(given.leaves)]
-            return self._one(number=number, rows=rows, leaves=leaves)
-
-        # What is drawn in the plates of the batch is drawn by its number.
-        return internals.eval_provenance(
-            one, number=given.number, rows=given.rows, padded=padded
-        )
-
-
-def _check_independent(
-    made_from: dict[str, frozenset[str]], sizes: dict[str, int], unseen: Collection[str]
-) -> None:
-    """Refuse sites that depend on which rows a plate has, where nothing says it."""
-    for site, plates in made_from.items():
-        for plate in sorted(plates):
-            if plate in unseen:
-                why = "which are none of those that the plate has"
-                remedy = "Let the model take the data of its rows as an argument."
-            else:
-                why = "which nobody has named"
-                remedy = (
-                    f"Say which they are: minibatch(..., rows={{'{plate}': rows}})."
-                )
-            raise ValueError(
-                f"Site '{site}' depends on the rows of plate '{plate}' (size "
-                f"{sizes[plate]}), {why}. {remedy}"
-            )
-
-
-def _types(given: Given) -> Any:
-    leaves, structure = jax.tree.flatten(given)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _traced(function: Callable, *args: Any) -> tuple[Any, Callable]:
@@ -433,19 +481,18 @@ def _traced(function: Callable, *args: Any) -> tuple[Any, Callable]:
         leaves = jaxpr_as_fun(traced)(*jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
-    return traced, run
+    return traced.jaxpr, run
 
 
-def _largest(jaxpr: Any, keys: int) -> int:
+def _largest(draw: Any) -> int:
     """Return how many bytes the largest value takes that is another one in each draw.
 
-    The first `keys` inputs are those that differ.
+    The first input of `draw`, its key, is another one.
     """
-    differ, largest = set(jaxpr.invars[:keys]), 1
-    for eqn in jaxpr.eqns:
+    differ, largest = {draw.invars[0]}, 1
+    for eqn in draw.eqns:
         if any(not isinstance(var, Literal) and var in differ for var in eqn.invars):
             differ.update(eqn.outvars)
-            avals = [var.aval for var in eqn.outvars]
-            sizes = [own.size * own.dtype.itemsize for own in avals]
+            sizes = [v.aval.size * v.aval.dtype.itemsize for v in eqn.outvars]
             largest = max([largest, *sizes])
     return largest
