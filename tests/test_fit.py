@@ -478,14 +478,13 @@ def test_result_is_shown_in_a_line():
 
 
 @pytest.mark.parametrize(
-    ("model", "optimizer", "message"),
+    ("model", "optimizer", "seen", "message"),
     [
-        (mean, optax.adam(0.05), r"has the parameters \['mu_auto_loc'.*have \["),
-        (local, optax.sgd(0.05), "is not one of this SubsampleSVI's optimizer"),
+        (mean, optax.adam(0.05), True, r"has the parameters \['mu_auto_loc'.*have \["),
+        (local, optax.sgd(0.05), False, "is not one of this SubsampleSVI's optimizer"),
     ],
 )
-@pytest.mark.parametrize("seen", [False, True])
-def test_fit_refuses_the_state_of_another(model, optimizer, message, seen):
+def test_fit_refuses_the_state_of_another(model, optimizer, seen, message):
     first = next(batches(0))
     state = svi_of(model, optimizer=optimizer).init(KEY, first)
     svi = svi_of()

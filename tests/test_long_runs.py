@@ -55,9 +55,9 @@ def test_many_steps():
         return svi.update(state, told(batch, rows=indices, counts=valid))
 
     step = jax.jit(update, donate_argnums=0)
-    for number, batch in zip(range(50_001), steps(), strict=False):
+    for number, batch in zip(range(30_001), steps(), strict=False):
         state, loss = step(state, *batch)
-        if number in (10_000, 50_000):
+        if number in (5_000, 30_000):
             assert np.isfinite(loss)
             kept.append((objects(), len(jax.live_arrays()), memory()))
     assert sorted(traced) == [1, 2, 4, 8]
@@ -66,7 +66,7 @@ def test_many_steps():
     assert arrays_after == arrays_before
     assert objects_after < objects_before + 100
     # Keeping one small array of each step would take more.
-    assert after - before < 40_000 * 100
+    assert after - before < 25_000 * 100
 
 
 def test_many_compilations():

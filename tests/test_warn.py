@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import optax
 import pytest
 from numpyro import handlers
-from numpyro.infer import Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from numpyro.infer import Predictive, TraceEnum_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -41,8 +40,6 @@ from models import (
 )
 from numpyro_dynamic_subsample import (
     MisalignedSubsampleWarning,
-    RaggedGroups,
-    SubsampleSVI,
     UnscaledSubsampleWarning,
     dynamic_subsample,
     minibatch,
@@ -463,27 +460,3 @@ def test_factor_of_data_outside_of_the_plate():
         with around:
             (message,) = factor_warnings(scaled, capacity=5)
         assert "sums over its rows, those of the padding too" in message
-
-
-@pytest.mark.parametrize("counts", [[1, 9, 2], [4, 4, 4]])
-@pytest.mark.parametrize("own", [False, True])
-def test_members_in_a_plate_with_a_scale_of_its_own(counts, own):
-    group = np.arange(3).repeat(counts)
-    visits = RaggedGroups(
-        group, plates=("subjects", "visits"), members={"y": np.ones(12, "f4")}
-    )
-
-    def model(count, group, y):
-        with numpyro.plate("subjects", 3):
-            a = numpyro.sample("a", dist.Normal(0, 1))
-        scale = handlers.scale(scale=1.0 if own else 3 / count)
-        size = 12 if own else len(y)
-        with scale, numpyro.plate("visits", size, subsample_size=len(y)):
-            numpyro.sample("y", dist.Normal(a[group], 1), obs=y)
-
-    svi = SubsampleSVI(model, AutoDelta(model), optax.sgd(0.1), Trace_ELBO())
-    amiss = own and counts != [4, 4, 4]
-    told = pytest.warns(UnscaledSubsampleWarning, match="the scale of its own plates")
-    with told if amiss else nullcontext():
-        state = svi.init(jax.random.key(0), visits([0, 2]))
-        svi.evaluate(state, visits([0, 2]))
