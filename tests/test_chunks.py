@@ -90,7 +90,7 @@ def test_steps_that_must_be_alone(made, debug, counts, monkeypatch):
         sent.append(count)
         return jnp.zeros(4)
 
-    monkeypatch.setattr(chunks_module, "SECONDS", 60)
+    monkeypatch.setattr(chunks_module, "WAIT", 60)
     with jax.debug_nans(debug):
         Chunks(dispatch).run([as_minibatch(made(2))] * 3, lambda *_: None)
     assert sent == (counts or [None] * 3)

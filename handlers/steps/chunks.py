@@ -18,9 +18,9 @@ from ..batches.minibatch import Minibatch
 # and nothing beside one on a large batch. So batches go together up to so many bytes.
 BYTES, STEPS = 2**22, 64
 ON_HOST = (np.ndarray, np.generic)
-# A device that has nothing to do waits for more batches, for so many times of what a
-# dispatch has taken at least; before the first, for that of so many seconds.
-TIMES, SECONDS = 10, 1e-3
+# A device that has nothing to do waits for more batches, for so many seconds: several
+# times of what a dispatch takes, which few batches are not worth.
+WAIT = 2.5e-3
 
 
 def in_turn(
@@ -95,7 +95,6 @@ class Chunks:
         self._gathered: list[Minibatch] = []
         self._running: deque[Any] = deque()
         self._shape: Any = None
-        self._takes = SECONDS
 
     def run(
         self, batches: Iterable[Minibatch], done: Callable[[list, Any], None]
@@ -127,7 +126,7 @@ class Chunks:
         self._gathered.append(batch)
         self._shape, self._room = shape, self._room_for(shape, size)
         waits = all(losses.is_ready() for losses in self._running)
-        late = time.perf_counter() - self._since > TIMES * self._takes
+        late = time.perf_counter() - self._since > WAIT
         if len(self._gathered) >= self._room or (waits and late):
             self._hand_on()
 
@@ -164,9 +163,7 @@ class Chunks:
             self._go([batch], batch, None)
 
     def _go(self, batches: list[Minibatch], given: Any, count: Any) -> None:
-        began = time.perf_counter()
         losses = self._dispatch(given, count, self._number)
-        self._takes = min(self._takes, time.perf_counter() - began)
         self._running.append(losses)
         self._number += len(batches)
         self._done(batches, losses)
