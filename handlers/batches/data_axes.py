@@ -41,27 +41,29 @@ class check_data_axes(Handler):
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] != "sample" or not msg["is_observed"]:
             return
-        axes = self._axes.get(id(msg["value"]), ())
-        dims = {frame.name: frame.dim for frame in msg["cond_indep_stack"]}
-        ndim = msg["value"].ndim - msg["fn"].event_dim if axes else 0
-        for plate, axis in axes:
-            where = (
-                f"Site '{msg['name']}' has an argument of the batch as its data, of "
-                f"shape {msg['value'].shape}, which runs along plate '{plate}' with "
-                f"axis {axis}"
-            )
-            if plate not in dims:
-                # A mask may leave the padding out.
-                if plate in self._padded and type(msg["fn"]) is not MaskedDistribution:
-                    raise ValueError(
-                        f"{where}, but the site stands outside of that plate, where "
-                        "the padding would count as data. Sample it in the plate; or "
-                        "name its own plate in rows and along; or give batches without "
-                        "a capacity."
-                    )
-            elif axis - ndim != dims[plate]:
-                raise ValueError(
-                    f"{where}, but in the model the plate stands at dim {dims[plate]}, "
-                    f"which is axis {ndim + dims[plate]}. Give the plate "
-                    f"dim={axis - ndim}, or the data the other order of axes."
+        value, fn = msg["value"], msg["fn"]
+        for plate, axis in self._axes.get(id(value), ()):
+            ndim = value.ndim - fn.event_dim
+            dims = [f.dim for f in msg["cond_indep_stack"] if f.name == plate]
+            if axis - ndim in dims:
+                continue
+            if dims:
+                why = (
+                    f"but in the model the plate stands at dim {dims[0]}, which is "
+                    f"axis {ndim + dims[0]}. Give the plate dim={axis - ndim}, or the "
+                    "data the other order of axes."
                 )
+            elif plate in self._padded and type(fn) is not MaskedDistribution:
+                why = (
+                    "but the site stands outside of that plate, where the padding "
+                    "would count as data. Sample it in the plate; or name its own "
+                    "plate in rows and along; or give batches without a capacity."
+                )
+            else:
+                # Without padding, nothing counts too much; a mask may leave it out.
+                continue
+            raise ValueError(
+                f"Site '{msg['name']}' has an argument of the batch as its data, of "
+                f"shape {value.shape}, which runs along plate '{plate}' with axis "
+                f"{axis}, {why}"
+            )
